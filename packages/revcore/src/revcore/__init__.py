@@ -1,0 +1,22 @@
+"""Reversible networks for PyTorch: training memory that does not grow with depth."""
+
+from revcore.additive import AdditiveCoupling
+from revcore.affine import AffineCoupling, exp_adapter, sigmoid_adapter
+from revcore.coupling import Coupling
+from revcore.half_step import HalfStep, Scheme
+from revcore.memory import track_memory
+from revcore.sequential import ReversibleBlock, ReversibleSequential, set_reversing
+
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "HalfStep",
+    "ReversibleBlock",
+    "ReversibleSequential",
+    "Scheme",
+    "exp_adapter",
+    "set_reversing",
+    "sigmoid_adapter",
+    "track_memory",
+]

@@ -1,0 +1,76 @@
+"""Couplings: schemes as modules, and the plain way to compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from revcore.engine import run
+from revcore.half_step import HalfStep, Scheme
+from revcore.streams import Streams, join, split
+
+
+class Coupling(nn.Module, Scheme):
+    r"""Base class of the schemes with two streams.
+
+    $$y_1 = \mathrm{combine}(x_1, f(x_2)), \qquad y_2 = \mathrm{combine}(x_2, g(y_1))$$
+
+    A subclass defines `combine` and `uncombine`. By itself a coupling is plain PyTorch code that
+    stores its activations; in a `ReversibleBlock` or `ReversibleSequential` it is reversed.
+
+    Args:
+        f: Module that reads the second stream.
+        g: Module that reads the first.
+        split_dim: Dimension along which a single input tensor is split in two equal streams.
+
+    Raises:
+        TypeError: If `f` or `g` is not a module.
+    """
+
+    split_dim: int
+
+    def __init__(self, f: nn.Module, g: nn.Module, split_dim: int = 1) -> None:
+        super().__init__()
+        for name, module in (("f", f), ("g", g)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(
+                    f"{name} must be an nn.Module, got {type(module).__name__}; wrap a function "
+                    "in a module whose forward calls it"
+                )
+        self.f = f
+        self.g = g
+        self.split_dim = split_dim
+
+    def half_steps(self) -> Sequence[HalfStep]:
+        """Lists the half-steps in the order of the forward pass."""
+        return (HalfStep(self, self.f, 0, 1), HalfStep(self, self.g, 1, 0))
+
+    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps one tensor to one tensor, or two streams to a tuple of two.
+
+        Args:
+            x: One tensor of even size along `split_dim`, or two streams.
+            kwargs: Passed to every branch.
+
+        Returns:
+            A tensor like the input, or a tuple of two.
+
+        Raises:
+            ValueError: If a single tensor cannot be split in two equal streams.
+        """
+        streams = split(x, self.split_dim)
+        return join(x, run(self.half_steps(), streams, kwargs), self.split_dim)
+
+    def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps the output of `forward` back to its input, up to rounding.
+
+        Takes, returns and raises what `forward` does.
+        """
+        steps = [step.inverse() for step in reversed(self.half_steps())]
+        streams = split(y, self.split_dim)
+        return join(y, run(steps, streams, kwargs), self.split_dim)
+
+    def extra_repr(self) -> str:
+        return f"split_dim={self.split_dim}"

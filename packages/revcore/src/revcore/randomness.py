@@ -1,0 +1,120 @@
+"""The global random generators: what a branch drew, and drawing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def get_states(device: torch.device) -> list[tuple[torch.device, Tensor]]:
+    """Reads the generators that code on `device` can draw from: its own and the CPU's.
+
+    While a CUDA graph is being captured a generator's state cannot be read, and there is none to
+    replay: see `RefuseRandomness`.
+    """
+    if is_capturing(device):
+        return []
+    cpu = torch.device("cpu")
+    devices = (cpu,) if device.type in ("cpu", "meta") else (cpu, device)
+    return [(device, _get_state(device)) for device in devices]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tells whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Draw(NamedTuple):
+    """What a run did to one generator.
+
+    Attributes:
+        device: The generator's device.
+        before: Its state before the run.
+        after: Its state after the run.
+    """
+
+    device: torch.device
+    before: Tensor
+    after: Tensor
+
+
+def draws_since(states: list[tuple[torch.device, Tensor]]) -> list[Draw]:
+    """Lists the generators that have moved since `states` were read."""
+    draws = [Draw(device, before, _get_state(device)) for device, before in states]
+    return [draw for draw in draws if not torch.equal(draw.before, draw.after)]
+
+
+@contextmanager
+def draw_again(draws: list[Draw], who: str) -> Iterator[None]:
+    """Replays generators inside the context, and leaves them as they were.
+
+    Args:
+        draws: What to replay.
+        who: Name of what draws, for the error.
+
+    Raises:
+        RuntimeError: If the code in the context draws other numbers than the first time.
+    """
+    outside = [_get_state(device) for device, _, _ in draws]
+    try:
+        for device, before, _ in draws:
+            _set_state(device, before)
+        yield
+        for device, before, after in draws:
+            now = _get_state(device)
+            # A state that did not move now was moved by another thread then: no harm.
+            if not torch.equal(now, after) and not torch.equal(now, before):
+                raise RuntimeError(
+                    f"branch {who} drew other random numbers when it was repeated: another thread "
+                    "drew from the same generator during its forward pass, or the branch behaves "
+                    "differently from call to call. Draw in that thread from a torch.Generator of "
+                    "its own."
+                )
+    finally:
+        for (device, _, _), state in zip(draws, outside, strict=True):
+            _set_state(device, state)
+
+
+class RefuseRandomness(TorchDispatchMode):
+    """Raises on an operation that draws random numbers, as dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(
+                f"{func} draws random numbers in a reversible branch while a CUDA graph is being "
+                "captured, where they cannot be replayed. Capture without dropout, or store the "
+                "activations: revcore.set_reversing(model, False)."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _get_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,0 +1,248 @@
+"""What people write: a reversible block, and a chain of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from revcore.additive import AdditiveCoupling
+from revcore.affine import AffineCoupling
+from revcore.coupling import Coupling
+from revcore.engine import keep, reverse
+from revcore.streams import Streams
+
+_COUPLINGS: dict[str, Callable[..., Coupling]] = {
+    "additive": AdditiveCoupling,
+    "affine": AffineCoupling,
+}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ReversibleBlock(nn.Module):
+    """Creates a block that keeps no activations and reconstructs them in the backward pass.
+
+    References:
+        The Reversible Residual Network: Backpropagation Without Storing Activations
+        (Gomez et al., 2017). https://arxiv.org/abs/1707.04585
+
+    Args:
+        f: Any module that keeps the shape of its input, which is one of the two streams.
+        g: Another one, for the other stream. By default an independent deep copy of `f`.
+        coupling: `"additive"`, `"affine"`, or a function `(f, g, split_dim=...) -> Coupling`, such
+            as a subclass of `Coupling`.
+        split_dim: Dimension along which a single input tensor is split in two equal streams.
+        keep_input: Whether to keep the input of `forward`. A kept input is an anchor: a chain goes
+            on from it exactly, which stops rounding errors from growing. It never changes what is
+            computed, and may be set at any time.
+        keep_input_inverse: The same for the input of `inverse`.
+
+    Attributes:
+        reversing: Whether the block reverses (True) or stores activations as plain autograd does.
+            See `set_reversing`.
+
+    Raises:
+        ValueError: If `coupling` is an unknown name.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> block = ReversibleBlock(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+        >>> x = torch.randn(2, 8)
+        >>> y = block(x)
+        >>> torch.allclose(block.inverse(y), x, atol=1e-5)
+        True
+    """
+
+    split_dim: int
+
+    def __init__(  # noqa: PLR0917 - the order of MemCNN's arguments
+        self,
+        f: nn.Module,
+        g: nn.Module | None = None,
+        coupling: str | Callable[..., Coupling] = "additive",
+        split_dim: int = 1,
+        keep_input: bool = False,
+        keep_input_inverse: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(coupling, str):
+            if coupling not in _COUPLINGS:
+                raise ValueError(
+                    f"coupling={coupling!r} is unknown; use one of {sorted(_COUPLINGS)}, or a "
+                    "subclass of Coupling"
+                )
+            coupling = _COUPLINGS[coupling]
+        self.coupling = coupling(f, copy.deepcopy(f) if g is None else g, split_dim=split_dim)
+        self.split_dim = split_dim
+        self.keep_input = keep_input
+        self.keep_input_inverse = keep_input_inverse
+        self.reversing = True
+
+    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps one tensor to one tensor, or two streams to a tuple of two.
+
+        Args:
+            x: One tensor of even size along `split_dim`, or two streams.
+            kwargs: Passed to every branch. Tensors among them get their gradients.
+
+        Returns:
+            A tensor like the input, or a tuple of two.
+
+        Raises:
+            ValueError: If a single tensor cannot be split in two equal streams.
+        """
+        return reverse(self._forward, x, self.split_dim, kwargs, reversing=self.reversing)
+
+    def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps the output of `forward` back to its input, up to rounding.
+
+        Takes, returns and raises what `forward` does, and keeps no activations either.
+        """
+        return reverse(self._inverse, y, self.split_dim, kwargs, reversing=self.reversing)
+
+    def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        if self.keep_input:
+            keep(streams)
+        return self.coupling(*streams, **kwargs)  # type: ignore[no-any-return]
+
+    def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        if self.keep_input_inverse:
+            keep(streams)
+        return self.coupling.inverse(*streams, **kwargs)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return (
+            f"split_dim={self.split_dim}, keep_input={self.keep_input}, "
+            f"keep_input_inverse={self.keep_input_inverse}, reversing={self.reversing}"
+        )
+
+
+class ReversibleSequential(nn.Sequential):
+    """Creates a chain of reversible blocks whose memory does not grow with its length.
+
+    The streams stay apart between the blocks. The chain's own `split_dim` says how its input is
+    split; that of the blocks is not used.
+
+    References:
+        The Reversible Residual Network: Backpropagation Without Storing Activations
+        (Gomez et al., 2017). https://arxiv.org/abs/1707.04585
+
+    Args:
+        blocks: `ReversibleBlock`s, couplings, or other chains, in the order of the forward pass.
+        split_dim: Dimension along which a single input tensor is split in two equal streams.
+
+    Attributes:
+        reversing: Whether the chain reverses (True) or stores activations as plain autograd does.
+            See `set_reversing`.
+
+    Raises:
+        TypeError: If a block is not reversible.
+        ValueError: If a block is made to split along another dimension.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> chain = ReversibleSequential(*(ReversibleBlock(nn.Linear(4, 4)) for _ in range(3)))
+        >>> chain(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+        >>> y1, y2 = chain(torch.randn(2, 4), torch.randn(2, 4))
+        >>> y1.shape
+        torch.Size([2, 4])
+    """
+
+    split_dim: int
+    reversing: bool
+
+    def __init__(self, *blocks: nn.Module, split_dim: int = 1) -> None:
+        self.split_dim = split_dim
+        self.reversing = True
+        super().__init__(*blocks)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Adds a block; the constructor and `append` come here."""
+        if not isinstance(module, (ReversibleBlock, Coupling, ReversibleSequential)):
+            raise TypeError(
+                f"block {name} is a {type(module).__name__}, which cannot be reversed; wrap it: "
+                "ReversibleBlock(module)"
+            )
+        # 1 is the default, which a block in a chain need not repeat.
+        if module.split_dim not in (1, self.split_dim):
+            raise ValueError(
+                f"block {name} splits along split_dim={module.split_dim} and the chain along "
+                f"split_dim={self.split_dim}; give the chain split_dim={module.split_dim}"
+            )
+        super().add_module(name, module)
+
+    def __getitem__(self, index: slice | int) -> Any:
+        """Returns a block, or for a slice the chain of those blocks, which share parameters."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        part = type(self)(*list(self)[index], split_dim=self.split_dim)
+        part.reversing = self.reversing
+        return part
+
+    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps one tensor to one tensor, or two streams to a tuple of two.
+
+        Args:
+            x: One tensor of even size along `split_dim`, or two streams.
+            kwargs: Passed to every branch. Tensors among them get their gradients.
+
+        Returns:
+            A tensor like the input, or a tuple of two.
+
+        Raises:
+            ValueError: If a single tensor cannot be split in two equal streams.
+        """
+        return reverse(self._forward, x, self.split_dim, kwargs, reversing=self.reversing)
+
+    def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps the output of `forward` back to its input, up to rounding.
+
+        Takes, returns and raises what `forward` does, and keeps no activations either.
+        """
+        return reverse(self._inverse, y, self.split_dim, kwargs, reversing=self.reversing)
+
+    def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        # Blocks are called, not unrolled, so that their hooks run (FSDP has some).
+        for block in self:
+            streams = block(*streams, **kwargs)
+        return streams
+
+    def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        for block in reversed(list(self)):
+            streams = block.inverse(*streams, **kwargs)  # type: ignore[operator]
+        return streams
+
+    def extra_repr(self) -> str:
+        return f"split_dim={self.split_dim}, reversing={self.reversing}"
+
+
+def set_reversing(module: M, enabled: bool) -> M:
+    """Makes every reversible block and chain in a module reverse, or store its activations.
+
+    Both modes compute the same bits in the forward pass and have the same state dict. Storing is
+    faster and takes memory in proportion to depth; it allows what reversing cannot do, such as
+    double backward.
+
+    Args:
+        module: Any module.
+        enabled: True to reverse, False to store activations as plain autograd does.
+
+    Returns:
+        The same module.
+
+    Example:
+        >>> from torch import nn
+        >>> block = set_reversing(ReversibleBlock(nn.Linear(4, 4)), False)
+        >>> block.reversing
+        False
+    """
+    for part in module.modules():
+        if isinstance(part, (ReversibleBlock, ReversibleSequential)):
+            part.reversing = enabled
+    return module

@@ -1,0 +1,137 @@
+"""The tape of one forward call: what is kept, and a cursor over the streams.
+
+Between forward and backward a chain keeps its outputs (which the next layer keeps anyway), the
+small replay records, and the kept inputs of blocks that ask for it. The backward pass walks down
+from the outputs: `seek(k)` gives the streams as they stood before step `k`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from revcore.half_step import HalfStep
+from revcore.replay import Replay, version
+from revcore.streams import Streams
+
+_SECOND_TIME = (
+    "Trying to backward through a reversible chain a second time, after its saved outputs have "
+    "been freed. Specify retain_graph=True in the first backward pass."
+)
+
+
+class Saved:
+    """Streams that are kept, guarded against changes in place."""
+
+    def __init__(self, streams: Sequence[Tensor], what: str) -> None:
+        # A detached tensor shares storage and version counter with the caller's, and holds no
+        # graph: no reference cycle, and every in-place change is seen, through views too.
+        self._tensors = tuple(stream.detach() for stream in streams)
+        self._versions = tuple(version(stream) for stream in self._tensors)
+        self._what = what
+
+    def get(self) -> list[Tensor]:
+        """Returns the streams.
+
+        Raises:
+            RuntimeError: If one of them has been changed in place.
+        """
+        if self._versions != tuple(version(stream) for stream in self._tensors):
+            raise RuntimeError(
+                f"{self._what} of a reversible chain has been modified by an in-place operation, "
+                "so its activations cannot be reconstructed. Use the out-of-place version, such "
+                "as torch.relu(y) for y.relu_(), or modify y.clone()."
+            )
+        return list(self._tensors)
+
+
+class Record(NamedTuple):
+    """One half-step of this call, and how to repeat its branch."""
+
+    step: HalfStep
+    replay: Replay
+
+    def undo(self, streams: list[Tensor]) -> None:
+        """Takes the streams from after the half-step to before it, without gradients."""
+        with torch.no_grad():
+            t = self.replay.repeat(streams[self.step.source])
+            streams[self.step.target] = self.step.undo(streams[self.step.target], t)
+
+
+class Tape:
+    """Everything that one forward call of a chain keeps until its backward pass.
+
+    Args:
+        kwargs: The extra arguments that all branches of the call get.
+    """
+
+    def __init__(self, kwargs: Mapping[str, Any]) -> None:
+        self.kwargs = kwargs
+        self.records: list[Record] = []
+        self._anchors: dict[int, Saved] = {}
+        self._outputs: Saved | None = None
+        self._cursor: tuple[int, list[Tensor]] | None = None
+        self._released = False
+
+    def keep(self, streams: Streams) -> None:
+        """Keeps the streams as they stand now, as an exact point to restart from."""
+        self._anchors[len(self.records)] = Saved(streams, "a kept input")
+
+    def seal(self, outputs: Sequence[Tensor]) -> None:
+        """Ends the recording with the tensors from which everything is reconstructed."""
+        self._outputs = Saved(outputs, "the output")
+
+    def anchor(self, index: int) -> list[Tensor] | None:
+        """Returns the streams before step `index` if they were kept."""
+        saved = self._anchors.get(index)
+        return None if saved is None else saved.get()
+
+    def seek(self, index: int, *, retain: bool) -> list[Tensor]:
+        """Returns the streams as they stood before step `index`, or after all for the last.
+
+        The cursor is handed out, not shared, so that a thread that finds none restarts.
+
+        Args:
+            index: A step, or the number of steps.
+            retain: Whether another backward pass may follow, so that what is kept stays.
+
+        Raises:
+            RuntimeError: If what the chain kept has been freed or changed in place.
+        """
+        if self._released:
+            raise RuntimeError(_SECOND_TIME)
+        cursor, self._cursor = self._cursor, None
+        start = min((i for i in self._anchors if i >= index), default=len(self.records))
+        if cursor is not None and index <= cursor[0] <= start:
+            position, streams = cursor
+        else:
+            position, streams = start, self._restart(start, retain=retain)
+        while position > index:
+            position -= 1
+            self.records[position].undo(streams)
+        return streams
+
+    def _restart(self, start: int, *, retain: bool) -> list[Tensor]:
+        if start in self._anchors:
+            return self._anchors[start].get()
+        if self._outputs is None:
+            raise RuntimeError(_SECOND_TIME)
+        streams = self._outputs.get()
+        if not retain:
+            # Handed over, not copied: the outputs' memory is free once both streams moved on.
+            self._outputs = None
+        return streams
+
+    def leave(self, index: int, streams: list[Tensor], *, retain: bool) -> None:
+        """Ends the visit of step `index`, with the streams as they stood before it."""
+        if index > 0:
+            self._cursor = (index, streams)
+        elif not retain:
+            # Nothing needs the tape any more, and the graph may live as long as the caller's loss.
+            self._released = True
+            self.records.clear()
+            self._anchors.clear()
+            self._outputs = None

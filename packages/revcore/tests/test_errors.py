@@ -1,0 +1,175 @@
+"""What cannot be right raises an error that says what to do."""
+
+import pytest
+import torch
+from cases import make_case
+from torch import nn
+
+import revcore
+
+
+def block(branch=None):
+    return revcore.ReversibleBlock(nn.Linear(4, 4) if branch is None else branch)
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_unknown_coupling():
+    with pytest.raises(ValueError, match=r"coupling='afine' is unknown; use one of .*'affine'"):
+        revcore.ReversibleBlock(nn.Linear(4, 4), coupling="afine")
+
+
+def test_branch_that_is_no_module():
+    with pytest.raises(TypeError, match=r"f must be an nn.Module, got function"):
+        revcore.AdditiveCoupling(lambda x: x, nn.Linear(4, 4))
+
+
+def test_block_that_is_not_reversible():
+    with pytest.raises(TypeError, match=r"block 1 is a Linear.*ReversibleBlock"):
+        revcore.ReversibleSequential(block(), nn.Linear(4, 4))
+
+
+def test_conflicting_split_dim():
+    odd_one = revcore.ReversibleBlock(nn.Linear(4, 4), split_dim=-1)
+    with pytest.raises(ValueError, match=r"block 0 splits along split_dim=-1 .* split_dim=1"):
+        revcore.ReversibleSequential(odd_one)
+
+
+@pytest.mark.parametrize("call", ["forward", "inverse"])
+@pytest.mark.parametrize("wrap", [block, lambda: revcore.ReversibleSequential(block())])
+def test_input_that_cannot_be_split(call, wrap):
+    run = getattr(wrap(), call)
+    with pytest.raises(ValueError, match=r"split_dim=1 of size 7 .* shape \(2, 7\)"):
+        run(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match=r"cannot split along split_dim=1.* shape \(8,\)"):
+        run(torch.zeros(8))
+    with pytest.raises(TypeError, match="no argument"):
+        run()
+    with pytest.raises(TypeError, match=r"argument 1 must be a tensor, got str; .* by keyword"):
+        run(torch.zeros(2, 8), "mask")
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+def test_branches_that_cannot_be_reversed(reversing):
+    def run(function):
+        revcore.set_reversing(block(Lambda(function)), reversing)(torch.randn(2, 8))
+
+    with pytest.raises(ValueError, match=r"the stream has \(2, 4\), the branch returned \(2, 1\)"):
+        run(lambda x: x[:, :1])
+    with pytest.raises(TypeError, match="branch Lambda must return one tensor, got tuple"):
+        run(lambda x: (x, x))
+    with pytest.raises(RuntimeError, match=r"changes its input in place.*inplace=False"):
+        run(lambda x: x.relu_())
+
+
+def test_adapter_of_another_shape():
+    coupling = revcore.AffineCoupling(nn.Linear(4, 4), nn.Linear(4, 4), revcore.sigmoid_adapter)
+    with pytest.raises(ValueError, match=r"scale must have the shape of the stream, \(2, 4\)"):
+        coupling(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("through_a_view", [False, True])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_output_changed_in_place(streams, through_a_view):
+    chain = make_case("additive", "mlp", 2).chain
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    y = chain(x) if streams == 1 else torch.cat(result := chain(*x.chunk(2, 1)), 1)
+    target = y if streams == 1 else result[0]
+    if through_a_view:
+        target[0].detach().mul_(2)
+    else:
+        target.relu_()
+    with pytest.raises(RuntimeError, match="output of a reversible chain has been modified"):
+        y.sum().backward()
+
+
+def test_kept_input_changed_in_place():
+    chain = make_case("additive", "mlp", 2).chain
+    chain[0].keep_input = True
+    x = torch.randn(3, 8, dtype=torch.float64)
+    y = chain(x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="kept input of a reversible chain has been modified"):
+        y.sum().backward()
+
+
+def test_parameter_changed_before_backward():
+    case = make_case("additive", "mlp", 2)
+    y = case.chain(case.x)
+    torch.optim.SGD(case.chain.parameters(), 0.1)
+    with torch.no_grad():
+        case.chain[0].coupling.f[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="parameter 'weight' of Linear was changed in place"):
+        y.sum().backward()
+
+
+def test_buffer_changed_before_backward():
+    case = make_case("additive", "conv2d", 2)
+    case.chain.eval()
+    y = case.chain(case.x)
+    case.chain[1].coupling.f[0].running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="buffer 'running_mean' of BatchNorm2d was changed"):
+        y.sum().backward()
+
+
+def test_argument_changed_before_backward():
+    class Masked(nn.Linear):
+        def forward(self, x, mask):
+            return super().forward(x) * mask
+
+    mask = torch.ones(4)
+    y = block(Masked(4, 4))(torch.randn(2, 8), mask=mask)
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="argument 'mask' was changed in place"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("input_needs_grad", [True, False])
+def test_tensor_that_a_branch_finds_elsewhere(input_needs_grad):
+    secret = torch.ones(4, requires_grad=True)
+    leaking = block(Lambda(lambda x: x * secret * 2))
+    x = torch.randn(2, 8, requires_grad=input_needs_grad)
+    with pytest.raises(RuntimeError, match=r"tensor of shape \(4,\) .* pass it by keyword"):
+        leaking(x).sum().backward()
+
+
+def test_branch_that_behaves_differently_when_repeated():
+    class Drifts(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * torch.rand(self.calls).sum()
+
+    y = block(Drifts())(torch.randn(2, 8, requires_grad=True))
+    with pytest.raises(RuntimeError, match="drew other random numbers"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+def test_streams_changed_between_blocks(how):
+    chain = make_case("additive", "mlp", 2).chain
+
+    def hook(_module, _args, streams):
+        if how == "in place":
+            with torch.no_grad():
+                streams[0].mul_(2)
+            return None
+        return (streams[0] * 2, streams[1])
+
+    chain[0].register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match=r"streams between two blocks .* were changed"):
+        chain(torch.randn(3, 8, dtype=torch.float64))
+
+
+def test_half_step_that_reads_what_it_changes():
+    coupling = revcore.AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="target=1 and source=1"):
+        revcore.HalfStep(coupling, coupling.f, 1, 1)

@@ -1,0 +1,115 @@
+"""Activation memory does not grow with depth, and the means to see it would notice if it did."""
+
+import pytest
+import torch
+from cases import SCHEMES, make_case
+from torch import nn
+
+import revcore
+
+
+def activations(chain, x):
+    """Bytes after forward, and at the peak without what the parameters' gradients take."""
+    x = x.clone().requires_grad_()
+    for parameter in chain.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that no gradient is new memory for long
+    with revcore.track_memory() as memory:
+        y = chain(x)
+        after_forward = memory.live_bytes
+        y.sum().backward()
+        del y
+    return after_forward, memory.peak_bytes
+
+
+def chain_of_depth(depth, scheme, device):
+    return make_case(scheme, "mlp", depth, device).chain
+
+
+def wide_input(device):
+    return torch.randn(2000, 8, dtype=torch.float64, device=device)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_memory_is_constant_in_depth(scheme, device):
+    x = wide_input(device)
+    shallow = activations(chain_of_depth(4, scheme, device), x)
+    deep = activations(chain_of_depth(64, scheme, device), x)
+    assert shallow == deep
+    # What stays after forward is the joined output, and nothing beside it.
+    assert deep[0] == x.nbytes
+
+
+def test_a_block_alone_saves_memory(device):
+    x = wide_input(device)
+    block = chain_of_depth(1, "additive", device)[0]
+    assert activations(block, x)[0] == x.nbytes
+
+
+def test_stored_activations_grow(device):
+    x = wide_input(device)
+    shallow, deep = (
+        activations(revcore.set_reversing(chain_of_depth(d, "additive", device), False), x)
+        for d in (4, 64)
+    )
+    assert deep[0] > 12 * shallow[0]
+    assert deep[1] > 12 * shallow[1]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kept_inputs_cost_what_they_keep(scheme, device):
+    x = wide_input(device)
+    chain = chain_of_depth(8, scheme, device)
+    plain, _ = activations(chain, x)
+    for position in (2, 4, 6):
+        chain[position].keep_input = True
+    kept, _ = activations(chain, x)
+    assert kept - plain == 3 * x.nbytes
+
+
+@pytest.mark.parametrize("where", ["attribute", "saved tensors", "list of the caller"])
+def test_a_hoarder_is_seen(where, device):
+    hoard = []
+
+    class Hoarding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x * 2
+            if where == "attribute":
+                ctx.kept = y.detach()
+            elif where == "saved tensors":
+                ctx.save_for_backward(y)
+            else:
+                hoard.append(y.detach())
+            return y * 1
+
+        @staticmethod
+        def backward(_ctx, grad):
+            return grad * 2
+
+    class Hoarder(nn.Module):
+        def forward(self, x):
+            return Hoarding.apply(x)
+
+    x = wide_input(device)
+    grown = []
+    for depth in (4, 64):
+        net = nn.Sequential(*(Hoarder() for _ in range(depth)))
+        grown.append(activations(net, x)[0])
+        hoard.clear()
+    assert grown[1] > 10 * grown[0]
+
+
+def test_track_memory_counts_no_views_and_no_tensors_from_outside(device):
+    outside = torch.zeros(100, device=device)
+    with revcore.track_memory() as memory:
+        view = outside.view(10, 10)
+        view += 1
+        assert memory.live_bytes == 0
+        new = outside + 1
+        part = new[:10]
+        assert memory.live_bytes == 400
+        del new
+        assert memory.live_bytes == 400
+        del part
+    assert memory.live_bytes == 0
+    assert memory.peak_bytes == 400

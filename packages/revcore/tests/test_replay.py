@@ -1,0 +1,312 @@
+"""The second run of a branch sees what the first one saw, and leaves no trace."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import assert_same, gradients, loss_of, make_case
+from torch import nn
+
+import revcore
+
+
+def chain_of(*makers, depth=2, device="cpu", dtype=torch.float64):
+    blocks = [
+        revcore.ReversibleBlock(nn.Sequential(*(m() for m in makers)), keep_input=False)
+        for _ in range(depth)
+    ]
+    return revcore.ReversibleSequential(*blocks).to(device, dtype)
+
+
+def both_modes(chain, step):
+    """Runs `step(chain)` from the same state, reversing and stored."""
+    state = {name: value.clone() for name, value in chain.state_dict().items()}
+    results = []
+    for enabled in (True, False):
+        chain.load_state_dict(state)
+        revcore.set_reversing(chain, enabled)
+        torch.manual_seed(7)
+        results.append(step(chain))
+    return results
+
+
+def linear():
+    return nn.Linear(4, 4)
+
+
+def dropout():
+    return nn.Dropout(0.4)
+
+
+def test_dropout_is_replayed_and_the_generator_left_alone(device):
+    chain = chain_of(linear, dropout, nn.Tanh, device=device)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+
+    def step(chain):
+        result = gradients(chain, chain, x)
+        return result | {"next random number": torch.rand(3, device=device)}
+
+    ours, plain = both_modes(chain, step)
+    assert_same(ours, plain)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_dropout_in_both_orders_of_use(order, device):
+    chain = chain_of(linear, dropout, device=device)
+    xs = [torch.randn(6, 8, dtype=torch.float64, device=device) for _ in range(2)]
+
+    def step(chain):
+        chain.zero_grad()
+        losses = [loss_of(chain(x)) for x in xs]
+        for which in order:
+            torch.rand(5, device=device)
+            losses[which].backward()
+        return {name: p.grad for name, p in chain.named_parameters()}
+
+    ours, plain = both_modes(chain, step)
+    assert_same(ours, plain)
+
+
+def test_dropout_in_a_retained_graph(device):
+    chain = chain_of(linear, dropout, device=device)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device, requires_grad=True)
+    loss = loss_of(chain(x))
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.rand(5, device=device)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm1d(4),
+        lambda: nn.BatchNorm1d(4, momentum=None),
+        lambda: nn.BatchNorm1d(4, track_running_stats=False),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    ],
+    ids=["batch", "batch-cumulative", "batch-untracked", "spectral", "weight"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_change_once_a_step(norm, training, device):
+    chain = chain_of(norm, nn.Tanh, linear, device=device).train(training)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+
+    def two_steps(chain):
+        first = gradients(chain, chain, x)
+        return {f"first {k}": v for k, v in first.items()} | gradients(chain, chain, x)
+
+    ours, plain = both_modes(chain, two_steps)
+    assert_same(ours, plain)
+
+
+def test_running_instance_norm_and_own_buffers(device):
+    class Counts(nn.Module):
+        """Scales by how often it has run, in a buffer that it changes in place."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls.clone()
+
+    blocks = [
+        revcore.ReversibleBlock(
+            nn.Sequential(nn.InstanceNorm1d(4, affine=True, track_running_stats=True), Counts())
+        )
+        for _ in range(2)
+    ]
+    chain = revcore.ReversibleSequential(*blocks).to(device, torch.float64)
+    x = torch.randn(3, 8, 5, dtype=torch.float64, device=device)
+
+    def twice(chain):
+        return gradients(lambda x: chain(x) + chain(x * 2), chain, x)
+
+    ours, plain = both_modes(chain, twice)
+    assert_same(ours, plain)
+    assert float(chain[0].coupling.f[1].calls) == 2
+
+
+def test_flags_changed_between_forward_and_backward(device):
+    case = make_case("additive", "conv2d", 2, device)
+    twin = case.twin()
+    y = case.chain(case.x)
+    z = case.plain(case.x, twin)
+    case.chain.eval()
+    loss_of(y).backward()
+    loss_of(z).backward()
+    assert not any(module.training for module in case.chain.modules())
+    norm = case.chain[0].coupling.f[0]
+    assert norm.track_running_stats
+    for ours, plain in zip(case.chain.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast(dtype, backward_inside, device):
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dtypes = []
+
+        def forward(self, x):
+            self.dtypes.append(x.dtype)
+            return x
+
+    chain = chain_of(linear, Seen, nn.Tanh, linear, device=device, dtype=torch.float32)
+    x = torch.randn(6, 8, device=device)
+
+    def step(chain):
+        chain.zero_grad()
+        with torch.autocast(device.type, dtype=dtype):
+            y = chain(x)
+            if backward_inside:
+                loss_of(y.float()).backward()
+        if not backward_inside:
+            loss_of(y.float()).backward()
+        assert y.dtype == torch.float32  # the streams are not cast
+        return {name: p.grad for name, p in chain.named_parameters()} | {"y": y.detach()}
+
+    ours, plain = both_modes(chain, step)
+    assert torch.equal(ours["y"], plain["y"])
+    for name, expected in plain.items():
+        error = (ours[name] - expected).norm() / expected.norm()
+        assert error < 2 * torch.finfo(dtype).eps, name
+    assert {d for m in chain.modules() if isinstance(m, Seen) for d in m.dtypes} == {dtype}
+    assert not torch.is_autocast_enabled(device.type)
+
+
+def test_a_weight_cast_inside_a_chain_still_gets_its_gradient_outside(device):
+    shared = nn.Linear(4, 4).to(device)
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(shared, shared)).to(device)
+    x = torch.randn(6, 8, device=device)
+    grads = []
+    for enabled in (True, False):
+        revcore.set_reversing(chain, enabled)
+        shared.zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = shared(chain(x)[:, :4])
+        y.float().sum().backward()
+        grads.append(shared.weight.grad)
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
+
+
+def test_an_exception_in_recomputation_leaves_everything_as_it_was(device):
+    class FailsLater(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+            self.fail = False
+
+        def forward(self, x):
+            x = F.dropout(self.norm(self.spectral(x)), 0.5)
+            if self.fail:
+                raise FloatingPointError
+            return x
+
+    block = revcore.ReversibleBlock(FailsLater()).to(device)
+    loss = block(torch.randn(6, 8, device=device)).sum()
+    block.eval()
+    block.coupling.g.fail = True
+    buffers = dict(block.named_buffers())
+    values = {name: value.clone() for name, value in buffers.items()}
+    random = torch.get_rng_state()
+    with pytest.raises(FloatingPointError):
+        loss.backward()
+    assert torch.equal(random, torch.get_rng_state())
+    assert not any(module.training for module in block.modules())
+    assert block.coupling.g.norm.track_running_stats
+    for name, value in block.named_buffers():
+        assert value is buffers[name]
+        assert torch.equal(value, values[name])
+
+
+def test_two_nets_in_two_threads(device):
+    def train(seed, results):
+        chain, x = make(seed)
+        for _ in range(20):
+            loss_of(chain(x)).backward()
+        results[seed] = [p.grad for p in chain.parameters()]
+
+    def make(seed):
+        with lock:
+            torch.manual_seed(seed)
+            chain = chain_of(linear, lambda: nn.BatchNorm1d(4), nn.Tanh, device=device)
+            return chain, torch.randn(6, 8, dtype=torch.float64, device=device)
+
+    lock = threading.Lock()
+    alone, together = {}, {}
+    for seed in (1, 2):
+        train(seed, alone)
+    threads = [threading.Thread(target=train, args=(seed, together)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (1, 2):
+        for a, b in zip(alone[seed], together[seed], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_random_numbers_drawn_by_another_thread_are_no_error(device):
+    class DrawsMeanwhile(nn.Linear):
+        """Stands for a thread that loads data while this branch, which is not random, runs."""
+
+        def forward(self, x):
+            if not torch.is_grad_enabled():
+                thread = threading.Thread(target=torch.rand, args=(3,))
+                thread.start()
+                thread.join()
+            return super().forward(x)
+
+    block = revcore.ReversibleBlock(DrawsMeanwhile(4, 4)).to(device)
+    block(torch.randn(2, 8, device=device)).sum().backward()
+
+
+def test_dropout_in_two_threads_agrees_with_its_own_forward(device):
+    """Each thread's gradient must belong to the masks that its own forward drew."""
+
+    def work(errors):
+        # y = x1 + c * dropout(x2), so that dy/dx2 is c times the mask that the forward applied.
+        block = revcore.ReversibleBlock(nn.Dropout(0.5), nn.Dropout(0.5)).to(device)
+        for _ in range(50):
+            x = torch.ones(4, 64, device=device, requires_grad=True)
+            y1, _ = block(*x.chunk(2, 1))
+            mask = y1.detach() - 1
+            (grad,) = torch.autograd.grad(y1.sum(), x)
+            errors.append(float((grad[:, 32:] - mask).abs().max()))
+
+    errors = []
+    threads = [threading.Thread(target=work, args=(errors,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 150
+    assert max(errors) == 0
+
+
+def test_eight_threads_over_one_graph(device):
+    case = make_case("additive", "conv2d", 4, device)
+    x = case.x.clone().requires_grad_()
+    loss = loss_of(case.chain(x))
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    results = []
+
+    def work():
+        results.append(torch.autograd.grad(loss, x, retain_graph=True)[0])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for result in results:
+        torch.testing.assert_close(result, expected)

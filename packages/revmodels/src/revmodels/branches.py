@@ -1,0 +1,86 @@
+"""The residual branches: pre-activation stacks of convolutions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BlockKind = Literal["basic", "bottleneck"]
+
+# As in the code of Gomez et al. (2017) and MemCNN, so that their weights give the same outputs.
+_BATCH_NORM_EPS = 1e-3
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Creates the batch normalization that all nets share."""
+    return nn.BatchNorm2d(channels, eps=_BATCH_NORM_EPS)
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    """Creates a convolution that keeps the size of the image, up to its stride."""
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+    )
+
+
+class Branch(nn.Module):
+    r"""Creates a pre-activation residual branch, (BatchNorm, ReLU, convolution) repeated.
+
+    References:
+        Identity Mappings in Deep Residual Networks (He et al., 2016), figure 1b.
+        https://arxiv.org/abs/1603.05027
+
+    Args:
+        kernels: One `(in_channels, out_channels, kernel_size, stride)` for each convolution.
+        activate: Whether to begin with BatchNorm and ReLU. The first block after the stem does
+            not, because the stem ends with them.
+    """
+
+    def __init__(self, *kernels: tuple[int, int, int, int], activate: bool = True) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(conv(*kernel) for kernel in kernels)
+        self.norms = nn.ModuleList(
+            batch_norm(kernel[0]) if activate or position else nn.Identity()
+            for position, kernel in enumerate(kernels)
+        )
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
+        for position, (norm, convolution) in enumerate(zip(self.norms, self.convs, strict=True)):
+            if self.activate or position:
+                # BatchNorm does not keep its output, so ReLU may overwrite it.
+                x = F.relu(norm(x), inplace=True)
+            x = convolution(x)
+        return x
+
+
+def make_branch(
+    kind: BlockKind, in_channels: int, channels: int, stride: int = 1, *, activate: bool = True
+) -> Branch:
+    """Creates a basic branch (two 3x3 convolutions) or a bottleneck (1x1, 3x3, 1x1).
+
+    Args:
+        kind: `"basic"` or `"bottleneck"`.
+        in_channels: Channels of the input.
+        channels: Channels inside; the output has `channels * expansion(kind)`.
+        stride: Stride of the 3x3 convolution that changes the size of the image.
+        activate: Whether to begin with BatchNorm and ReLU.
+    """
+    if kind == "basic":
+        return Branch(
+            (in_channels, channels, 3, stride), (channels, channels, 3, 1), activate=activate
+        )
+    return Branch(
+        (in_channels, channels, 1, 1),
+        (channels, channels, 3, stride),
+        (channels, channels * expansion(kind), 1, 1),
+        activate=activate,
+    )
+
+
+def expansion(kind: BlockKind) -> int:
+    """Returns how many times wider than its inner convolutions a block's output is."""
+    return 1 if kind == "basic" else 4

@@ -1,0 +1,155 @@
+"""The nets have the published sizes, and a RevNet learns the same whether it reverses or stores."""
+
+import copy
+
+import pytest
+import revcore
+import revmodels
+import torch
+import torch.nn.functional as F
+
+# Parameters with 10 classes: section 5 of Gomez et al. (2017) gives 0.46, 1.73, 1.70, 0.57 and 1.85
+# million to two decimals, and 1.98 for RevNet-164; these are the exact counts.
+PARAMETERS = {
+    "resnet32": 466_906,
+    "resnet110": 1_730_714,
+    "resnet164": 1_704_154,
+    "revnet38": 573_994,
+    "revnet110": 1_854_890,
+    "revnet164": 1_983_786,
+}
+REVNETS = sorted(name for name in PARAMETERS if name.startswith("rev"))
+
+
+def test_every_name_is_listed():
+    assert revmodels.list_models() == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_number_of_parameters(name):
+    net = revmodels.create_model(name, num_classes=10)
+    assert sum(parameter.numel() for parameter in net.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (4, 4), (17, 9)])
+@pytest.mark.parametrize("name", ["resnet32", "revnet38"])
+def test_any_classes_channels_and_image_size(name, size):
+    net = revmodels.create_model(name, num_classes=7, in_channels=1)
+    assert net(torch.randn(2, 1, *size)).shape == (2, 7)
+
+
+def small(block="basic", **kwargs):
+    torch.manual_seed(0)
+    return revmodels.RevNet(block, (2, 3, 2), (8, 8, 16, 12), 5, **kwargs)
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_reversing_computes_what_storing_computes(block):
+    reversing = small(block).double()
+    stored = small(block, reversing=False).double()
+    x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    logits = []
+    for net in (reversing, stored):
+        logits.append(net(x))
+        F.cross_entropy(logits[-1], y).backward()
+    assert torch.equal(*logits)
+    assert reversing.state_dict().keys() == stored.state_dict().keys()
+    for ours, plain in zip(reversing.parameters(), stored.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad)
+    for ours, plain in zip(reversing.buffers(), stored.buffers(), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_the_loss_curve_is_the_same():
+    x, y = torch.randn(16, 3, 8, 8, dtype=torch.float64), torch.arange(16) % 5
+    curves = []
+    for reversing in (True, False):
+        net = small(reversing=reversing).double()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        curve = []
+        for _ in range(15):
+            loss = F.cross_entropy(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    assert curves[0][-1] < curves[0][0] / 2
+
+
+@pytest.mark.parametrize("name", REVNETS)
+def test_switching_by_argument(name):
+    for enabled in (True, False):
+        net = revmodels.create_model(name, reversing=enabled)
+        chains = [m for m in net.modules() if isinstance(m, revcore.ReversibleSequential)]
+        assert chains
+        assert all(chain.reversing == enabled for chain in chains)
+
+
+def activations(blocks, *, reversing):
+    torch.manual_seed(0)
+    net = revmodels.RevNet("basic", (blocks,) * 3, (8, 8, 16, 32), reversing=reversing)
+    x = torch.randn(4, 3, 16, 16)
+    with revcore.track_memory() as memory:
+        loss = net(x).sum()
+        after_forward = memory.live_bytes
+        del loss
+    return after_forward
+
+
+def test_activation_memory_does_not_grow_with_depth():
+    # Beyond what is stored outside the chains, each net keeps one counter of every BatchNorm.
+    shallow, deep = (activations(blocks, reversing=True) for blocks in (2, 12))
+    assert deep == shallow
+    shallow, deep = (activations(blocks, reversing=False) for blocks in (2, 12))
+    assert deep > 4 * shallow
+
+
+def test_streams_stay_float32_under_autocast():
+    net = small()
+    seen = []
+    for module in net.modules():
+        if isinstance(module, revcore.ReversibleSequential):
+            module.register_forward_hook(lambda _m, args, out: seen.extend((args[0], out)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = net(torch.randn(2, 3, 8, 8))
+    assert logits.dtype == torch.bfloat16
+    assert len(seen) == 6
+    assert {tensor.dtype for tensor in seen} == {torch.float32}
+
+
+def test_copies_are_independent():
+    net = small()
+    other = copy.deepcopy(net)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(net.eval()(x), other.eval()(x))
+    other(x).sum().backward()
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"unknown model 'revnet83'.*'revnet38'.*resnet110"):
+        revmodels.create_model("revnet83")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block": "wide"}, "block='wide' is unknown"),
+        ({"blocks": (2, 2)}, r"channels=\(8, 8, 16, 32\) must have one number .* blocks=\(2, 2\)"),
+        ({"blocks": (2, 0, 2)}, r"blocks must be positive, got \(2, 0, 2\)"),
+        ({"num_classes": 0}, r"num_classes must be positive"),
+        ({"in_channels": -1}, r"in_channels must be positive"),
+    ],
+)
+@pytest.mark.parametrize("network", [revmodels.ResNet, revmodels.RevNet])
+def test_arguments_out_of_range(network, arguments, message):
+    good = {"block": "basic", "blocks": (2, 2, 2), "channels": (8, 8, 16, 32)}
+    with pytest.raises(ValueError, match=message):
+        network(**(good | arguments))
+
+
+def test_odd_channels_cannot_be_split():
+    with pytest.raises(ValueError, match="channels must be even, to be split .* got 15"):
+        revmodels.RevNet("basic", (2, 2, 2), (8, 8, 15, 32))
