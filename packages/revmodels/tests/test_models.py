@@ -1,12 +1,14 @@
 """The nets have the published sizes, and a RevNet learns the same whether it reverses or stores."""
 
 import copy
+from dataclasses import replace
 
 import pytest
-import revcore
-import revmodels
 import torch
 import torch.nn.functional as F
+
+import revcore
+import revmodels
 
 # Parameters with 10 classes: section 5 of Gomez et al. (2017) gives 0.46, 1.73, 1.70, 0.57 and 1.85
 # million to two decimals, and 1.98 for RevNet-164; these are the exact counts.
@@ -29,6 +31,15 @@ def test_every_name_is_listed():
 def test_number_of_parameters(name):
     net = revmodels.create_model(name, num_classes=10)
     assert sum(parameter.numel() for parameter in net.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_an_architecture_can_be_changed_and_built(name):
+    architecture = revmodels.get_architecture(name)
+    assert architecture.layers == int(name[-3:] if name[-3].isdigit() else name[-2:])
+    assert architecture.reversible == name.startswith("rev")
+    small = replace(architecture, blocks=(1, 2, 1), channels=(4, 4, 8, 8))
+    assert small.build(3)(torch.randn(2, 3, 8, 8)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (4, 4), (17, 9)])

@@ -1,7 +1,7 @@
 """Residual networks and their reversible counterparts."""
 
-from revmodels.registry import create_model, list_models
+from revmodels.registry import Architecture, create_model, get_architecture, list_models
 from revmodels.resnet import ResNet
 from revmodels.revnet import RevNet
 
-__all__ = ["ResNet", "RevNet", "create_model", "list_models"]
+__all__ = ["Architecture", "ResNet", "RevNet", "create_model", "get_architecture", "list_models"]
