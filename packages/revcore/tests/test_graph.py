@@ -165,6 +165,16 @@ def test_hooks_of_branches_and_parameters_run_as_in_plain_autograd(device):
     torch.testing.assert_close(grad, expected)
 
 
+def test_a_hook_may_hand_on_an_alias(device):
+    """FSDP does so around blocks, to be told when their backward pass is done."""
+    case = make_case("additive", "mlp", 3, device)
+    twin = case.twin()
+    for block in case.chain:
+        block.register_forward_pre_hook(lambda _module, args: tuple(x.view_as(x) for x in args))
+    ours = gradients(case.chain, case.chain, case.x)
+    assert_same(ours, gradients(lambda x: case.plain(x, twin), twin, case.x))
+
+
 def test_nothing_lives_on_after_backward(device):
     case = make_case("additive", "conv2d", 3, device)
     case.chain[1].keep_input = True

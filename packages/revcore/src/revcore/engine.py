@@ -223,16 +223,26 @@ def _refuse_index(step: HalfStep, count: int) -> None:
 
 def _refuse_replaced(streams: Streams) -> None:
     tip = _recording.tip
-    if tip is None or len(tip) != len(streams):
-        same = False
-    else:
-        same = all(
-            stream is seen and version(stream) == count
+    if (
+        tip is None
+        or len(tip) != len(streams)
+        or not all(
+            version(stream) == count and _same_data(stream, seen)
             for stream, (seen, count) in zip(streams, tip, strict=True)
         )
-    if not same:
+    ):
         raise RuntimeError(
             "the streams between two blocks of a reversible chain were changed, by a hook or by an "
             "in-place operation, so the chain cannot be reversed. Make the change a block of its "
             "own, or split the chain there."
         )
+
+
+def _same_data(a: Tensor, b: Tensor) -> bool:
+    # Hooks such as FSDP's hand on an alias that has a node of its own in the graph.
+    return a is b or (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.storage_offset() == b.storage_offset()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )
