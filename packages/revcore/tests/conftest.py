@@ -14,5 +14,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _reproducible() -> None:
     torch.manual_seed(0)
+    torch.backends.cudnn.deterministic = True
