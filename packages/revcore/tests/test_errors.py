@@ -70,7 +70,8 @@ def test_branches_that_cannot_be_reversed(reversing):
 
 
 def test_adapter_of_another_shape():
-    coupling = revcore.AffineCoupling(nn.Linear(4, 4), nn.Linear(4, 4), revcore.sigmoid_adapter)
+    f, g = nn.Linear(4, 4), nn.Linear(4, 4)
+    coupling = revcore.AffineCoupling(f, g, adapter=revcore.sigmoid_adapter)
     with pytest.raises(ValueError, match=r"scale must have the shape of the stream, \(2, 4\)"):
         coupling(torch.zeros(2, 8))
 

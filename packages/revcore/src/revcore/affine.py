@@ -12,63 +12,6 @@ from revcore.coupling import Coupling
 ScaleShift = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class AffineCoupling(Coupling):
-    r"""Creates an affine coupling.
-
-    $$y_1 = x_1 \odot s(f(x_2)) + t(f(x_2)), \qquad y_2 = x_2 \odot s(g(y_1)) + t(g(y_1))$$
-
-    The scale $s > 0$ and the shift $t$ come from the branch's output by `adapter`.
-
-    References:
-        Density estimation using Real NVP (Dinh et al., 2016), equations 4 and 5.
-        https://arxiv.org/abs/1605.08803
-
-    Args:
-        f: Module that reads the second stream.
-        g: Module that reads the first.
-        adapter: Maps a branch's output to scale and shift, each of the shape of a stream:
-            `exp_adapter` for branches that keep the shape, `sigmoid_adapter` for branches that
-            double the size of `split_dim`, or a function of your own.
-        split_dim: Dimension along which a single input tensor is split in two equal streams.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> coupling = AffineCoupling(nn.Linear(3, 3), nn.Linear(3, 3), split_dim=-1).double()
-        >>> x = torch.randn(5, 6, dtype=torch.float64)
-        >>> torch.allclose(coupling.inverse(coupling(x)), x)
-        True
-    """
-
-    def __init__(
-        self,
-        f: nn.Module,
-        g: nn.Module,
-        adapter: ScaleShift | None = None,
-        split_dim: int = 1,
-    ) -> None:
-        super().__init__(f, g, split_dim)
-        self.adapter: ScaleShift = exp_adapter if adapter is None else adapter
-
-    def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        scale, shift = self._scale_shift(a, t)
-        return a * scale + shift
-
-    def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        scale, shift = self._scale_shift(a, t)
-        return (a - shift) / scale
-
-    def _scale_shift(self, a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.adapter(t)
-        for name, tensor in (("scale", scale), ("shift", shift)):
-            if tensor.shape != a.shape:
-                raise ValueError(
-                    f"the adapter's {name} must have the shape of the stream, {tuple(a.shape)}; "
-                    f"it made {tuple(tensor.shape)} of a branch's output of {tuple(t.shape)}"
-                )
-        return scale, shift
-
-
 def exp_adapter(t: Tensor) -> tuple[Tensor, Tensor]:
     """Takes the exponential of the branch's output as scale, and the output itself as shift.
 
@@ -105,3 +48,56 @@ def sigmoid_adapter(t: Tensor, split_dim: int = 1) -> tuple[Tensor, Tensor]:
     )
     # The shift by two starts a fresh net near the identity.
     return torch.sigmoid(log_odds + 2.0), shift
+
+
+class AffineCoupling(Coupling):
+    r"""Creates an affine coupling.
+
+    $$y_1 = x_1 \odot s(f(x_2)) + t(f(x_2)), \qquad y_2 = x_2 \odot s(g(y_1)) + t(g(y_1))$$
+
+    The scale $s > 0$ and the shift $t$ come from the branch's output by `adapter`.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2016), equations 4 and 5.
+        https://arxiv.org/abs/1605.08803
+
+    Args:
+        f: Module that reads the second stream.
+        g: Module that reads the first.
+        split_dim: Dimension along which a single input tensor is split in two equal streams.
+        adapter: Maps a branch's output to scale and shift, each of the shape of a stream:
+            `exp_adapter` for branches that keep the shape, `sigmoid_adapter` for branches that
+            double the size of `split_dim`, or a function of your own.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> coupling = AffineCoupling(nn.Linear(3, 3), nn.Linear(3, 3), split_dim=-1).double()
+        >>> x = torch.randn(5, 6, dtype=torch.float64)
+        >>> torch.allclose(coupling.inverse(coupling(x)), x)
+        True
+    """
+
+    def __init__(
+        self, f: nn.Module, g: nn.Module, split_dim: int = 1, adapter: ScaleShift = exp_adapter
+    ) -> None:
+        super().__init__(f, g, split_dim)
+        self.adapter = adapter
+
+    def combine(self, a: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self._scale_shift(a, t)
+        return a * scale + shift
+
+    def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self._scale_shift(a, t)
+        return (a - shift) / scale
+
+    def _scale_shift(self, a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.adapter(t)
+        for name, tensor in (("scale", scale), ("shift", shift)):
+            if tensor.shape != a.shape:
+                raise ValueError(
+                    f"the adapter's {name} must have the shape of the stream, {tuple(a.shape)}; "
+                    f"it made {tuple(tensor.shape)} of a branch's output of {tuple(t.shape)}"
+                )
+        return scale, shift
