@@ -240,7 +240,7 @@ def _refuse_replaced(streams: Streams) -> None:
 
 def _same_data(a: Tensor, b: Tensor) -> bool:
     # Hooks such as FSDP's hand on an alias that has a node of its own in the graph.
-    return a is b or (
+    return a is b or bool(
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.storage_offset() == b.storage_offset()
         and a.shape == b.shape

@@ -1,0 +1,105 @@
+"""The command line: `python -m revtrain`, `accelerate launch -m revtrain`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+from cyclopts import App, CycloptsError, Parameter
+
+from revdata import DataError
+from revtrain.config import TrainConfig
+from revtrain.evaluation import evaluate
+from revtrain.launch import LaunchError
+from revtrain.report import print_result
+from revtrain.trainer import NonFiniteLossError, Trainer
+
+app = App(
+    name="revtrain",
+    help="Train reversible networks on images, in activation memory that does not grow with depth.",
+    default_parameter=Parameter(negative=()),
+    version_flags=["--version"],
+)
+
+# What bad input raises: wrong values, missing or existing files. Only where input is checked is it
+# caught; the same error from the training loop is a defect and keeps its traceback.
+_BAD_INPUT = (ValueError, OSError, LaunchError, DataError)
+
+
+@app.command(name="train")
+def train_command(config: Annotated[TrainConfig | None, Parameter(name="*")] = None) -> None:
+    """Train a network and write its run folder.
+
+    Ends with the test accuracy, the time per step and, for the reversible networks, the memory of
+    activations against the same network with stored activations. The run folder holds config.json,
+    metrics.jsonl (one line an epoch), model.safetensors, summary.json, memory.json and the pictures
+    curve.svg and memory.svg (and .png).
+
+    Several processes: accelerate launch --num_processes N -m revtrain train ...; on CPU:
+    torchrun --nproc-per-node N -m revtrain train --cpu ...
+    """
+    try:
+        trainer = Trainer(config or TrainConfig())
+    except _BAD_INPUT as error:
+        _stop(error, 2)
+    try:
+        result = trainer.run()
+    except NonFiniteLossError as error:
+        _stop(error, 1)
+    if trainer.accelerator.is_main_process:
+        print_result(result)
+
+
+@app.command(name="evaluate")
+def evaluate_command(
+    run: Annotated[Path, Parameter(name="RUN")],
+    /,
+    *,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    cpu: bool = False,
+) -> None:
+    """Evaluate a finished run again: the same weights give the same accuracy.
+
+    Args:
+        run: The run folder.
+        data: Another data set than the one that the run was trained on.
+        data_dir: Folder of the data. Default: the one that the run was given.
+        cpu: Evaluate on the CPU even where there is an accelerator.
+    """
+    try:
+        result = evaluate(run, data=data, data_dir=data_dir, cpu=cpu)
+    except _BAD_INPUT as error:
+        _stop(error, 2)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"{result.data} {result.split} accuracy {result.accuracy:.2%} "
+            f"({result.images:,} images, loss {result.loss:.4f})"
+        )
+
+
+def main() -> None:
+    """Runs the command line; bad input ends it with one line on stderr and exit status 2."""
+    try:
+        command, arguments, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
+    except (CycloptsError, *_BAD_INPUT) as error:
+        _stop(error, 2)
+    try:
+        command(*arguments.args, **arguments.kwargs)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _stop(error: Exception, status: int) -> NoReturn:
+    """Prints an error in one line and exits.
+
+    Every process prints its own: the launcher kills the others as soon as one has exited.
+    """
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (rank {rank})"
+    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(status)

@@ -1,0 +1,117 @@
+"""What a user chooses of a run. The command line's flags are the fields of this class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from revtrain.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that defines a training run; `revtrain.train` takes it.
+
+    Raises:
+        ValueError: A value is out of range, or no recipe has this name; the message names the
+            field. The names of the network and the data set are checked where they are loaded.
+        FileNotFoundError: The recipe's file does not exist.
+
+    Example:
+        >>> config = TrainConfig(data="cifar10", recipe="paper", epochs=2)
+        >>> config.run_folder.as_posix()
+        'runs/cifar10-revnet38-paper-seed0'
+        >>> config.resolved_recipe.steps, config.resolved_recipe.epochs
+        (None, 2)
+    """
+
+    data: str = "digits"
+    """Data set: digits (8x8, needs no download), cifar10 or cifar100."""
+    model: str = "revnet38"
+    """Network: revnet38, revnet110, revnet164 (reversible), resnet32, resnet110 or resnet164."""
+    recipe: str | None = None
+    """Hyperparameters: paper (80,000 steps, as published), fast (one cycle of 60 epochs), digits,
+    or the path of a TOML file. Default: digits for digits, fast for all else."""
+    epochs: int | None = None
+    """Passes over the training images, instead of the recipe's."""
+    batch_size: int | None = None
+    """Images per step over all processes together, instead of the recipe's."""
+    lr: float | None = None
+    """Learning rate (or its peak), instead of the recipe's."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and their augmentation."""
+    blocks: tuple[int, int, int] | None = None
+    """Blocks in each of the three stages, instead of the network's own."""
+    channels: tuple[int, int, int, int] | None = None
+    """Channels of the stem and the three stages, instead of the network's own."""
+    num_classes: int | None = None
+    """Outputs of the network. Default: the classes of the data set."""
+    stored: bool = False
+    """Store activations as plain PyTorch does, instead of recomputing them. Same results."""
+    val: bool = False
+    """Hold the validation images out of training and report on them; the test images stay
+    unseen. For choosing a recipe."""
+    loader: Literal["device", "torch"] = "device"
+    """Who makes the batches: device keeps all images on the training device and is the faster;
+    torch uses torch.utils.data.DataLoader and torchvision's transforms."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Precision inside of the network; weights and streams stay float32. Default: what `accelerate
+    config` or `accelerate launch` says, else no. On NVIDIA GPUs convolutions in float32 use TF32,
+    as is PyTorch's default."""
+    cpu: bool = False
+    """Train on the CPU even where there is an accelerator."""
+    data_dir: Path | None = None
+    """Folder of the data. Default: the environment variable REVDATA_DIR, else a cache folder."""
+    download: bool = False
+    """Download the data set if its files are not there."""
+    verify: Annotated[bool, Parameter(negative="--no-verify")] = True
+    """Compare the data's checksums. --no-verify reads repackaged files."""
+    out: Path | None = None
+    """Run folder. Default: runs/DATA-MODEL-RECIPE-seedSEED."""
+    fresh: bool = False
+    """Replace the run that the run folder holds."""
+    memory: Annotated[bool, Parameter(negative="--no-memory")] = True
+    """At the end, measure activation memory and time per step against stored activations, over
+    depth. For the reversible networks."""
+
+    def __post_init__(self) -> None:
+        if self.recipe is None:
+            object.__setattr__(self, "recipe", "digits" if self.data == "digits" else "fast")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes (={self.num_classes}) must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed (={self.seed}) must be at least 0")
+        for name, value, choices in (
+            ("loader", self.loader, ("device", "torch")),
+            ("mixed_precision", self.mixed_precision, (None, "no", "bf16", "fp16")),
+        ):
+            if value not in choices:
+                listed = ", ".join(str(choice) for choice in choices if choice)
+                raise ValueError(f"{name} (={value!r}) must be one of {listed}")
+        # A wrong recipe or override is an error here, not at its first use.
+        self.resolved_recipe  # noqa: B018
+
+    @property
+    def resolved_recipe(self) -> Recipe:
+        """The recipe with this configuration's overrides."""
+        assert self.recipe is not None
+        recipe = load_recipe(self.recipe)
+        if self.epochs is not None:
+            recipe = replace(recipe, epochs=self.epochs, steps=None)
+        if self.batch_size is not None:
+            recipe = replace(recipe, batch_size=self.batch_size)
+        if self.lr is not None:
+            recipe = replace(recipe, lr=self.lr)
+        return recipe
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's files go."""
+        if self.out is not None:
+            return Path(self.out)
+        assert self.recipe is not None
+        recipe = Path(self.recipe).stem if self.recipe.endswith(".toml") else self.recipe
+        return Path("runs") / f"{self.data}-{self.model}-{recipe}-seed{self.seed}"

@@ -1,0 +1,111 @@
+"""Accuracy of a network, over all processes; and of a finished run, again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+import revdata
+from revtrain.data import load_images, make_loader, refuse_more_classes
+from revtrain.launch import make_accelerator
+from revtrain.meter import Averages, Meter
+from revtrain.net import to_device
+from revtrain.run_folder import RunFolder
+
+# Nothing is kept for a backward pass, so batches may be larger than in training.
+BATCH_SIZE = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        data: Name of the data set.
+        split: `test`, or `val` for a run with held-out validation images.
+        accuracy: In 0..1.
+        loss: Mean cross-entropy, without label smoothing.
+        images: Number of images.
+    """
+
+    data: str
+    split: str
+    accuracy: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def measure_accuracy(
+    model: nn.Module, loader: revdata.Loader, accelerator: Accelerator
+) -> Averages:
+    """Runs a prepared model over a loader; every process takes its slice, all get the averages."""
+    was_training = model.training
+    model.eval()
+    meter = Meter(accelerator.device)
+    for x, labels in loader:
+        if len(labels):  # of a last batch smaller than the number of processes, some get nothing
+            logits = model(x)
+            meter.update(F.cross_entropy(logits, labels), logits, labels)
+    model.train(was_training)
+    return meter.read(accelerator)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    cpu: bool = False,
+) -> Evaluation:
+    """Evaluates the weights of a finished run, as training did at its end.
+
+    Args:
+        run: The run folder.
+        data: Another data set than the run's.
+        data_dir: Folder of the data; by default the one that the run was given.
+        cpu: Whether to evaluate on the CPU even where there is an accelerator.
+
+    Returns:
+        The accuracy on the test images (or the validation images, if the run held them out).
+
+    Raises:
+        FileNotFoundError: The folder holds no finished run, or there are no data.
+        ValueError: A file is damaged, or the data have more classes than the network has outputs,
+            or another number of channels.
+    """
+    folder = RunFolder(Path(run))
+    config = folder.read_config()
+    chosen: Mapping[str, Any] = config["config"]
+    spec, state = folder.read_weights()
+    data = data or chosen["data"]
+    split = "val" if chosen["val"] else "test"
+    images = load_images(
+        data,
+        split,
+        data_dir=data_dir or (Path(chosen["data_dir"]) if chosen["data_dir"] else None),
+        verify=chosen["verify"],
+    )
+    refuse_more_classes(images, spec.num_classes)
+    if images.images.shape[1] != spec.in_channels:
+        raise ValueError(
+            f"{data} has images of {images.images.shape[1]} channels, but the network of {run} "
+            f"takes {spec.in_channels}"
+        )
+    accelerator = make_accelerator(
+        cpu=cpu or chosen["cpu"], mixed_precision=config["hardware"]["mixed_precision"]
+    )
+    model = spec.build()
+    model.load_state_dict(state)
+    # In the layout of training: another one has other kernels, which round in other ways.
+    model = accelerator.prepare_model(to_device(model, accelerator.device), evaluation_mode=True)
+    loader = make_loader(images, BATCH_SIZE, accelerator, kind=chosen["loader"])
+    averages = measure_accuracy(model, loader, accelerator)
+    return Evaluation(data, split, averages.accuracy, averages.loss, averages.images)

@@ -1,0 +1,63 @@
+"""The one place that makes an Accelerator, without its traps."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+
+
+class LaunchError(RuntimeError):
+    """Fewer processes run than were asked for."""
+
+
+def make_accelerator(*, cpu: bool, mixed_precision: str | None) -> Accelerator:
+    """Makes the Accelerator of a run.
+
+    Args:
+        cpu: Whether to ignore accelerators.
+        mixed_precision: `no`, `bf16`, `fp16`, or None for what Accelerate is configured to.
+
+    Returns:
+        An Accelerator whose number of processes is the one that was asked for.
+
+    Raises:
+        LaunchError: The launcher started, or Accelerate found, fewer processes than asked for.
+        ValueError: The device cannot do this precision.
+    """
+    # Accelerate keeps device and precision for the life of the process, and a second run from
+    # Python may want others; there is no public way to say so. A process group stays.
+    AcceleratorState._reset_state(
+        reset_partial_state=not (dist.is_available() and dist.is_initialized())
+    )
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=mixed_precision,
+        # Our batch size is the global one. Accelerate must know, or its scheduler takes as many
+        # steps as there are processes for each of the optimizer's.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    _refuse_lost_processes(accelerator.num_processes)
+    return accelerator
+
+
+def _refuse_lost_processes(found: int) -> None:
+    """Raises if this would be a run of fewer processes than asked for: Accelerate is silent."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != found:
+        raise LaunchError(
+            f"the launcher started {asked} processes (WORLD_SIZE={asked}), but Accelerate found "
+            f"{found}: for several processes on CPU pass --cpu or set ACCELERATE_USE_CPU=true"
+        )
+    # The signature of `accelerate launch --cpu --num_processes 2`: an address to meet at, but no
+    # ranks. It starts a single process.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ:
+        raise LaunchError(
+            "accelerate launch was asked for several processes, but started one: for several on "
+            "CPU use ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m revtrain ... "
+            "(or unset MASTER_ADDR if one is meant)"
+        )

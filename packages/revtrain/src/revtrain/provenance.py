@@ -1,0 +1,74 @@
+"""What a run must record of where it ran, so that its numbers can be compared and repeated."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+_PACKAGES = ("revcore", "revmodels", "revdata", "revtrain", "torch", "torchvision", "accelerate")
+
+
+def provenance(accelerator: Accelerator) -> dict[str, Any]:
+    """Returns command, date, versions and hardware, as plain JSON values."""
+    return {
+        "command": _command(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(accelerator),
+    }
+
+
+def _command() -> str:
+    program, *arguments = sys.argv
+    name = Path(program).name
+    start = ["python", "-m", "revtrain"] if name == "__main__.py" else [name]
+    return shlex.join([*start, *arguments])
+
+
+def _versions() -> dict[str, str | None]:
+    # torch's own word tells its build as well.
+    return {package: _version(package) for package in _PACKAGES} | {"torch": torch.__version__}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # imported from a source folder
+        return None
+
+
+def _hardware(accelerator: Accelerator) -> dict[str, Any]:
+    device = accelerator.device
+    hardware: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    if device.type == "cuda":
+        hardware["device_name"] = torch.cuda.get_device_name(device)
+        hardware["cuda"] = torch.version.cuda
+        hardware["cudnn"] = torch.backends.cudnn.version()
+    return hardware
+
+
+def _processor() -> str:
+    """Returns the processor's name, which platform.processor() does not know on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

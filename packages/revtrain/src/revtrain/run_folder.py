@@ -1,0 +1,117 @@
+"""The files of a run, and the promise that none of them is ever half written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from revtrain.files import read_json, whole_file, write_json, write_json_lines
+from revtrain.net import NetSpec
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    Attributes:
+        path: The folder.
+        config: `config.json`: what was chosen, and where it ran. Its presence marks a run.
+        metrics: `metrics.jsonl`: one line for each epoch.
+        weights: `model.safetensors`: the final weights, and what the network is built from.
+        summary: `summary.json`: the results.
+        memory: `memory.json`: memory and time over depth.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.weights = path / "model.safetensors"
+        self.summary = path / "summary.json"
+        self.memory = path / "memory.json"
+
+    def plots(self, name: str) -> tuple[Path, Path]:
+        """Returns where a picture goes, as SVG and as PNG."""
+        return self.path / f"{name}.svg", self.path / f"{name}.png"
+
+    def refuse_old_run(self) -> None:
+        """Raises if there is a run here already.
+
+        Raises:
+            FileExistsError: The folder holds a run.
+            NotADirectoryError: There is a file of the folder's name.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path} is a file: choose another run folder by --out")
+        if self.config.exists():
+            raise FileExistsError(
+                f"{self.path} holds a run already: replace it by --fresh, or choose another folder "
+                "by --out"
+            )
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Makes the folder, removes what an old run left in it, and writes `config.json`.
+
+        Files of other names are not touched.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for old in (
+            *(self.config, self.metrics, self.weights, self.summary, self.memory),
+            *self.plots("curve"),
+            *self.plots("memory"),
+        ):
+            old.unlink(missing_ok=True)
+        write_json(self.config, config)
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Writes all epochs so far; the file is small, and so it is always whole."""
+        write_json_lines(self.metrics, records)
+
+    def write_weights(self, state: dict[str, Tensor], spec: NetSpec) -> None:
+        """Writes a state dict, and in its header what the network is built from."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        # One entry, because safetensors writes several in random order: equal weights, equal files.
+        header = {"net": json.dumps(spec.to_json())}
+        with whole_file(self.weights) as temporary:
+            temporary.write_bytes(save(tensors, metadata=header))
+
+    def read_config(self) -> dict[str, Any]:
+        """Reads `config.json`.
+
+        Raises:
+            FileNotFoundError: There is no run here.
+            ValueError: The file is damaged.
+        """
+        if not self.config.exists():
+            raise FileNotFoundError(f"{self.path} holds no run (no {self.config.name} in it)")
+        config: dict[str, Any] = read_json(self.config)
+        return config
+
+    def read_weights(self) -> tuple[NetSpec, dict[str, Tensor]]:
+        """Reads the weights and what the network is built from.
+
+        Raises:
+            FileNotFoundError: The run has not finished.
+            ValueError: The file is damaged.
+        """
+        if not self.weights.exists():
+            raise FileNotFoundError(
+                f"{self.path} holds no finished run (no {self.weights.name} in it): train again "
+                "with --fresh"
+            )
+        try:
+            with safe_open(self.weights, framework="pt") as file:
+                spec = NetSpec.from_json(json.loads(file.metadata()["net"]))
+                return spec, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{self.weights} is damaged ({error}): train again with --fresh"
+            ) from error
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes the results."""
+        write_json(self.summary, summary)

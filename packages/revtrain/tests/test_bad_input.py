@@ -1,0 +1,132 @@
+"""Bad input: one line that says what is wrong and what to do, exit status 2, no work lost."""
+
+import pytest
+from tiny import TINY, as_flags, launch, write_small_cifar10
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--model", "revnet83"], "did you mean 'revnet38'"),
+        (["train", "--data", "cifar11"], "did you mean 'cifar10'"),
+        (["train", "--recipe", "papre"], "did you mean 'paper'"),
+        (["train", "--recipe", "absent.toml"], "absent.toml"),
+        (["train", "--batch-size", "0"], "batch_size (=0) must be at least 1"),
+        (["train", "--batch-size", "2000"], "1442"),
+        (["train", "--batch-size", "many"], "--batch-size"),
+        (["train", "--epochs", "0"], "epochs (=0) must be at least 1"),
+        (["train", "--lr", "-1"], "lr (=-1.0) must be greater than 0"),
+        (["train", "--seed", "-1"], "seed (=-1)"),
+        (["train", "--num-classes", "5"], "num_classes (=5) is less than the 10 classes of digits"),
+        (["train", "--num-classes", "0"], "num_classes (=0) must be at least 1"),
+        (["train", "--channels", "4", "9", "8", "8"], "channels must be even"),
+        (["train", "--channels", "4", "8"], "--channels"),
+        (["train", "--blocks", "0", "1", "1"], "blocks must be positive"),
+        (["train", "--mixed-precision", "fp61"], "fp16"),
+        (["train", "--bacth-size", "5"], "Did you mean"),
+        (["train", "--data", "cifar10", "--data-dir", "absent"], "absent"),
+        (["trian"], 'Did you mean "train"'),
+        (["evaluate", "absent"], "absent holds no run"),
+        (["evaluate"], "RUN"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_one_line_and_status_two(command, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "train":
+        words = [*words, "--cpu"]
+    status, out, err = command(*words)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_traceback_in_a_process_of_its_own(tmp_path):
+    done = launch("-m", "revtrain", "train", "--cpu", "--model", "nonet", "--out", tmp_path / "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown model 'nonet'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_holds_a_run(command, train, tmp_path):
+    train(epochs=1)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    words = ["train", *as_flags({**TINY, "epochs": 1, "seed": 5}), "--out", tmp_path / "run"]
+    status, _, err = command(*words)
+    assert status == 2
+    assert "holds a run already: replace it by --fresh" in err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    # Wrong input leaves the old run alone, --fresh or not.
+    assert command(*words, "--fresh", "--num-classes", "3")[0] == 2
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert command(*words, "--fresh")[0] == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+
+
+def test_a_file_where_the_run_folder_should_be(command, tmp_path):
+    (tmp_path / "run").write_text("")
+    status, _, err = command("train", *as_flags(TINY), "--out", tmp_path / "run")
+    assert status == 2
+    assert "is a file" in err
+
+
+def test_damaged_data(command, tmp_path):
+    folder = write_small_cifar10(tmp_path)
+    words = ["train", *as_flags({**TINY, "data": "cifar10"}), "--data-dir", tmp_path]
+    status, _, err = command(*words, "--out", tmp_path / "run")  # wrong checksums
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "verify" in err
+
+    file = folder / "data_batch_3"
+    file.write_bytes(file.read_bytes()[:5000])
+    status, _, err = command(*words, "--no-verify", "--out", tmp_path / "run")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "data_batch_3" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_without_outputs(command, train, small_cifar10, tmp_path):
+    train(data="cifar10", data_dir=small_cifar10, verify=False, batch_size=50)
+    status, _, err = command("evaluate", tmp_path / "run", "--data", "digits")
+    assert status == 2
+    assert "channels" in err
+    train(out="digits", num_classes=10)
+    status, _, err = command("evaluate", tmp_path / "digits", "--data", "nothing")
+    assert status == 2
+    assert "unknown data set 'nothing'" in err
+
+
+def test_more_classes_than_outputs_in_evaluation(command, train, tmp_path, monkeypatch):
+    train()
+    wide = __import__("revdata").load("digits", "test")
+    more = type(wide)(
+        "more",
+        "test",
+        wide.images,
+        wide.labels,
+        (*wide.classes, "ten"),
+        wide.mean,
+        wide.std,
+    )
+    monkeypatch.setattr("revtrain.data.revdata.load", lambda *_, **__: more)
+    status, _, err = command("evaluate", tmp_path / "run")
+    assert status == 2
+    assert "11 classes" in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_damaged_runs(command, train, tmp_path, name):
+    train(epochs=1)
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:100])
+    status, _, err = command("evaluate", tmp_path / "run")
+    assert status == 2
+    assert f"{name} is damaged" in err
+    file.unlink()
+    status, _, err = command("evaluate", tmp_path / "run")
+    assert status == 2
+    assert name in err

@@ -1,0 +1,77 @@
+"""The command line as it is typed: in a process of its own, and by its words."""
+
+import json
+
+import pytest
+from tiny import TINY, as_flags, launch
+
+import revdata
+import revmodels
+import revtrain
+
+
+def test_the_main_job_then_evaluate(tmp_path):
+    out = tmp_path / "run"
+    options = as_flags({**TINY, "memory": True, "batch_size": 100})
+    trained = launch("-m", "revtrain", "train", *options, "--out", out)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    accuracy = f"{summary['test_accuracy']:.2%}"
+    assert f"test accuracy {accuracy}, time per step" in trained.stdout
+    assert "from 14 to 194 layers" in trained.stdout.lower()
+    record = json.loads((out / "memory.json").read_text())
+    assert record["batch"] == [100, 1, 8, 8]
+    assert [depth["blocks"] for depth in record["depths"]] == [1, 2, 4, 8, 16]
+    last = record["depths"][-1]
+    assert last["stored"]["activation_bytes"] > 5 * last["reversing"]["activation_bytes"]
+    assert (out / "memory.svg").read_text().startswith("<?xml")
+    assert (out / "memory.png").read_bytes().startswith(b"\x89PNG")
+    # Without a terminal there is a line for each epoch and no bar.
+    assert [line[:9] for line in trained.stderr.splitlines() if line] == ["epoch 1/2", "epoch 2/2"]
+    command = json.loads((out / "config.json").read_text())["command"]
+    assert command.startswith("python -m revtrain train --data digits")
+
+    evaluated = launch("-m", "revtrain", "evaluate", out)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"digits test accuracy {accuracy} (355 images" in evaluated.stdout
+
+
+def test_accelerate_launch(tmp_path):
+    out = tmp_path / "run"
+    done = launch(
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1),
+        *("--mixed_precision", "bf16", "-m", "revtrain", "train"),
+        *(*as_flags({**TINY, "epochs": 1}), "--out", out),
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert config["hardware"]["mixed_precision"] == "bf16"
+
+
+def test_the_command_does_what_python_does(command, train, tmp_path):
+    status, _, _ = command("train", *as_flags(TINY), "--out", tmp_path / "command")
+    assert status == 0
+    train(out="python")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("command", "python"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("train", "--help"), ("evaluate", "--help")])
+def test_help(command, words):
+    status, out, err = command(*words)
+    assert (status, err) == (0, "")
+    assert "Usage: revtrain" in out
+
+
+def test_help_explains_every_choice(command):
+    _, out, _ = command("train", "--help")
+    for name in (*revmodels.list_models(), *revdata.list_datasets(), *revtrain.list_recipes()):
+        assert name in out
+    for field in revtrain.TrainConfig.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in out
+
+
+def test_version(command):
+    status, out, _ = command("--version")
+    assert status == 0
+    assert out.strip()

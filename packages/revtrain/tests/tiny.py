@@ -1,0 +1,59 @@
+"""A run so small that it takes a second, its spelling in flags, and data of CIFAR's format."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import torch
+
+TINY = {
+    "data": "digits",
+    "blocks": (2, 2, 2),
+    "channels": (4, 8, 8, 8),
+    "epochs": 2,
+    "batch_size": 200,
+    "cpu": True,
+    "memory": False,
+}
+
+
+def as_flags(options):
+    """Spells keyword arguments of TrainConfig as the command line does."""
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def launch(*words, **environment):
+    """Runs a command line in processes of its own."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def write_small_cifar10(root):
+    """Writes 5 x 40 training images and 40 test images in the layout of the official archive."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    names = {"batches.meta": {"label_names": [f"class{i}" for i in range(10)]}}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        data = torch.randint(0, 256, (40, 3072), generator=generator, dtype=torch.uint8)
+        names[name] = {"data": data.numpy(), "labels": [i % 10 for i in range(40)]}
+    for name, content in names.items():
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    return folder
