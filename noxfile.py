@@ -1,0 +1,191 @@
+"""Everything that is run on this repository: tests, checks, documents and the main job.
+
+``python -m nox`` runs the default sessions, ``python -m nox -l`` lists all of them.
+
+Each wheel is built once a run (session ``build``), and what is tested is that wheel, never the
+sources. torch takes 5 GB on Linux and is installed once (session ``torch``). Every other
+environment is made anew, holds what its package declares, and sees that torch through a .pth file.
+"""
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "virtualenv"
+
+ROOT = Path(__file__).parent
+PACKAGES = ("revcore", "revmodels", "revdata", "revtrain")
+EVERYTHING = "revtrain"  # depends on all others
+TEST_TOOLS = ("pytest>=8.3", "hypothesis", "sybil>=9")
+
+
+def metadata(package: str) -> dict[str, object]:
+    """The [project] table of a package."""
+    return dict(nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")["project"])
+
+
+def folder(session: nox.Session, name: str) -> Path:
+    """The environment of another session, under the same Python."""
+    suffix = f"-{session.python}".replace(".", "-") if isinstance(session.python, str) else ""
+    return Path(session.virtualenv.location).with_name(name + suffix)
+
+
+def evaluate(session: nox.Session, module: str, expression: str) -> str:
+    """What an expression yields in the session's environment."""
+    code = f"import {module}; print({expression})"
+    return str(session.run("python", "-c", code, silent=True)).strip()
+
+
+def constraints(session: nox.Session, *more: str) -> str:
+    """The pip option that takes our four names from this run's wheels, never from PyPI."""
+    wheels = sorted((folder(session, "build") / "wheels").glob("*/*.whl"))
+    lines = [f"{wheel.parent.name} @ {wheel.as_uri()}" for wheel in wheels]
+    file = Path(session.virtualenv.location) / "constraints.txt"
+    file.write_text("\n".join([*lines, *more]) + "\n", encoding="utf-8")
+    return f"--constraint={file}"
+
+
+def see_torch(session: nox.Session) -> str:
+    """Make the one torch importable here, and return the requirement that it meets."""
+    scheme = {"base": str(folder(session, "torch"))}
+    here = evaluate(session, "sysconfig", "sysconfig.get_path('purelib')")
+    there = evaluate(session, "sysconfig", f"sysconfig.get_path('purelib', vars={scheme})")
+    Path(here, "torch.pth").write_text(there + "\n", encoding="utf-8")
+    version = evaluate(session, "importlib.metadata", "importlib.metadata.version('torch')")
+    return f"torch=={version}"
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install requirements beside the one torch: ours from the wheels, the others from PyPI."""
+    session.install(constraints(session, see_torch(session)), *requirements)
+
+
+def run_tests(session: nox.Session, package: str, *command: str) -> None:
+    """Run the doctests of an installed package, its tests and the Python blocks of its README."""
+    session.run(
+        *(command or ("python", "-m", "pytest")),
+        *("--doctest-modules", "--pyargs", package, f"packages/{package}/tests"),
+        f"tests/test_documents.py::test_python_blocks_run[packages/{package}/README.md]",
+        *session.posargs,
+    )
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Check the metadata of each package with poetry; build its wheel and source archive."""
+    session.install("poetry>=2.1,<3")
+    wheels = Path(session.virtualenv.location) / "wheels"
+    for package in PACKAGES:
+        project = str(ROOT / "packages" / package)
+        session.run("poetry", "check", "--project", project)
+        session.run("poetry", "build", "--project", project, "--output", str(wheels / package))
+
+
+@nox.session(reuse_venv=True, default=False)
+def torch(session: nox.Session) -> None:
+    """Install torch, once for all sessions and runs."""
+    session.install("torch")
+
+
+@nox.session(name="tests-revcore", requires=["build", "torch"])
+def tests_revcore(session: nox.Session) -> None:
+    """Test the wheel of revcore where there is torch and nothing else."""
+    requirement = see_torch(session)
+    session.install(constraints(session, requirement), "--no-deps", "revcore")
+    session.run("python", "-m", "pip", "check")
+    for absent in ("numpy", "torchvision", "revmodels"):
+        found = evaluate(session, "importlib.util", f"importlib.util.find_spec({absent!r})")
+        if found != "None":
+            session.error(f"{absent} is in the environment that should hold torch alone: {found}")
+    session.install(constraints(session, requirement), *TEST_TOOLS)
+    run_tests(session, "revcore")
+
+
+@nox.session(name="tests-revmodels", requires=["build", "torch"])
+def tests_revmodels(session: nox.Session) -> None:
+    """Test the wheel of revmodels."""
+    install(session, "revmodels", *TEST_TOOLS)
+    run_tests(session, "revmodels")
+
+
+@nox.session(name="tests-revdata", requires=["build", "torch"])
+def tests_revdata(session: nox.Session) -> None:
+    """Test the wheel of revdata with its extra."""
+    install(session, "revdata[digits]", *TEST_TOOLS)
+    run_tests(session, "revdata")
+
+
+@nox.session(name="tests-revtrain", requires=["build", "torch"])
+def tests_revtrain(session: nox.Session) -> None:
+    """Test the wheel of revtrain, and the Python blocks of every document."""
+    install(session, "revtrain", *TEST_TOOLS)
+    run_tests(session, "revtrain")
+    session.run("python", "-m", "pytest", "tests/test_documents.py")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format with ruff."""
+    session.install("ruff==0.17.*")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(requires=["build", "torch"])
+def types(session: nox.Session) -> None:
+    """Check the types of each package against the installed wheels of the others."""
+    install(session, EVERYTHING, "mypy==2.*")
+    for package in PACKAGES:
+        session.run("mypy", "--strict", f"packages/{package}/src")
+
+
+@nox.session(requires=["build"])
+def imports(session: nox.Session) -> None:
+    """Check that imports run one way and that each package declares what it imports."""
+    session.install("import-linter>=2.3", "deptry>=0.23")
+    session.install(constraints(session), "--no-deps", *PACKAGES)
+    session.run("lint-imports")
+    for package in PACKAGES:
+        with session.chdir(ROOT / "packages" / package):
+            session.run("deptry", "src", "--package-module-name-map", "scikit-learn=sklearn")
+    # deptry holds revcore to what it declares; this holds it to torch.
+    if metadata("revcore")["dependencies"] != ["torch>=2.6"]:
+        session.error("revcore depends on torch alone")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documents into site/."""
+    session.install("mkdocs-material>=9.8.1,<10", "mkdocstrings[python]>=1.0,<2", "ruff==0.17.*")
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(requires=["build", "torch"], default=False)
+def train(session: nox.Session) -> None:
+    """Run the main job: train a RevNet on real images; arguments after -- go to revtrain."""
+    install(session, EVERYTHING)
+    # Two minutes of digits may be replaced; what a user asks for is kept unless he says --fresh.
+    arguments = session.posargs or ("--data", "digits", "--fresh")
+    session.run("python", "-m", "revtrain", "train", *arguments)
+
+
+@nox.session(name="tests-torch", requires=["build"], default=False)
+@nox.parametrize("release", ["oldest", "newest"], ids=["oldest", "newest"])
+def tests_torch(session: nox.Session, release: str) -> None:
+    """Test all wheels with the oldest or the newest torch that they support."""
+    pin = ["torch==2.6.*"] if release == "oldest" else []
+    session.install(constraints(session, *pin), EVERYTHING, *TEST_TOOLS)
+    for package in PACKAGES:
+        run_tests(session, package)
+
+
+@nox.session(requires=["build", "torch"], default=False)
+def coverage(session: nox.Session) -> None:
+    """Measure which lines of the packages their tests run."""
+    install(session, EVERYTHING, *TEST_TOOLS, "coverage>=7.10")
+    session.run("coverage", "erase")
+    for package in PACKAGES:
+        run_tests(session, package, "coverage", "run", "-m", "pytest")
+    session.run("coverage", "combine")
+    session.run("coverage", "report")

@@ -1,0 +1,35 @@
+"""The Python blocks of every document run, from top to bottom, and none is passed over."""
+
+import re
+from pathlib import Path
+
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md")
+    for path in ROOT.glob(pattern)
+)
+# Any spelling that a reader would see as Python. Sybil runs the plain one, "```python", alone.
+FENCE = re.compile(r"(?im)^\s*(?:`{3,}|~{3,})[ {.]*(?:py\b|py3\b|python|pycon)")
+
+
+def examples(path):
+    return list(Sybil([PythonCodeBlockParser()]).parse(ROOT / path).examples())
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    blocks = examples(path)
+    assert len(blocks) == len(FENCE.findall((ROOT / path).read_text(encoding="utf-8")))
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        block.evaluate()
+
+
+def test_documents_hold_python():
+    counts = {path: len(examples(path)) for path in DOCUMENTS}
+    assert all(counts[f"{package}README.md"] for package in ("", "packages/revcore/"))
