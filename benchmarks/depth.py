@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+
 from revtrain.files import write_json
 from revtrain.memory import compare_memory, memory_json
 from revtrain.net import NetSpec

@@ -1,6 +1,6 @@
 """Makes the pictures of README and docs from the records in benchmarks/results.
 
-    python benchmarks/plot.py
+python benchmarks/plot.py
 """
 
 from __future__ import annotations

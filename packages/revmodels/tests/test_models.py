@@ -162,5 +162,5 @@ def test_arguments_out_of_range(network, arguments, message):
 
 
 def test_odd_channels_cannot_be_split():
-    with pytest.raises(ValueError, match="channels must be even, to be split .* got 15"):
+    with pytest.raises(ValueError, match=r"channels must be even, to be split .* got 15"):
         revmodels.RevNet("basic", (2, 2, 2), (8, 8, 15, 32))

@@ -3,6 +3,8 @@
 import pytest
 from tiny import TINY, as_flags, launch, write_small_cifar10
 
+import revdata
+
 
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -24,7 +26,7 @@ from tiny import TINY, as_flags, launch, write_small_cifar10
         (["train", "--blocks", "0", "1", "1"], "blocks must be positive"),
         (["train", "--mixed-precision", "fp61"], "fp16"),
         (["train", "--bacth-size", "5"], "Did you mean"),
-        (["train", "--data", "cifar10", "--data-dir", "absent"], "absent"),
+        (["train", "--data", "cifar10", "--data-dir", "absent"], "--data-dir"),
         (["trian"], 'Did you mean "train"'),
         (["evaluate", "absent"], "absent holds no run"),
         (["evaluate"], "RUN"),
@@ -78,7 +80,7 @@ def test_damaged_data(command, tmp_path):
     status, _, err = command(*words, "--out", tmp_path / "run")  # wrong checksums
     assert status == 2
     assert err.count("\n") == 1
-    assert "verify" in err
+    assert "do not verify it (--no-verify)" in err
 
     file = folder / "data_batch_3"
     file.write_bytes(file.read_bytes()[:5000])
@@ -102,7 +104,7 @@ def test_labels_without_outputs(command, train, small_cifar10, tmp_path):
 
 def test_more_classes_than_outputs_in_evaluation(command, train, tmp_path, monkeypatch):
     train()
-    wide = __import__("revdata").load("digits", "test")
+    wide = revdata.load("digits", "test")
     more = type(wide)(
         "more",
         "test",
@@ -130,3 +132,26 @@ def test_damaged_runs(command, train, tmp_path, name):
     status, _, err = command("evaluate", tmp_path / "run")
     assert status == 2
     assert name in err
+
+
+@pytest.mark.parametrize(
+    ("folder", "flags", "download"),
+    [
+        ("", [], True),
+        ("somewhere", [], False),
+        ("", ["--data-dir", "somewhere"], False),
+        ("somewhere", ["--download"], True),
+    ],
+)
+def test_downloads_where_no_folder_is_named(command, monkeypatch, folder, flags, download):
+    asked = []
+
+    def load(*_, **options):
+        asked.append(options["download"])
+        raise revdata.MissingDataError("no files")
+
+    monkeypatch.setattr("revtrain.data.revdata.load", load)
+    monkeypatch.setenv("REVDATA_DIR", folder)
+    status, _, err = command("train", "--data", "cifar10", "--cpu", *flags)
+    assert (status, err) == (2, "error: no files\n")
+    assert asked == [download]

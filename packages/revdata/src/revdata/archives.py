@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -139,6 +140,7 @@ def _compare(path: Path, size: int, found: str, official: str) -> None:
 def _fetch(archive: Archive, destination: Path, mirror: str | None) -> None:
     """Downloads under a temporary name, which becomes the real one if the checksum is right."""
     url = f"{mirror.rstrip('/')}/{archive.filename}" if mirror else archive.url
+    sys.stderr.write(f"downloading {url} to {destination}\n")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         download_url_to_file(url, str(destination), hash_prefix=archive.sha256)

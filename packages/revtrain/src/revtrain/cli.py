@@ -28,6 +28,13 @@ app = App(
 # caught; the same error from the training loop is a defect and keeps its traceback.
 _BAD_INPUT = (ValueError, OSError, LaunchError, DataError)
 
+# How an option that an error of revdata names to its Python callers is spelled here.
+_FLAGS = {
+    "set REVDATA_DIR (or root)": "set REVDATA_DIR (or --data-dir)",
+    "download=True": "--download",
+    "verify=False": "--no-verify",
+}
+
 
 @app.command(name="train")
 def train_command(config: Annotated[TrainConfig | None, Parameter(name="*")] = None) -> None:
@@ -99,7 +106,10 @@ def _stop(error: Exception, status: int) -> NoReturn:
 
     Every process prints its own: the launcher kills the others as soon as one has exited.
     """
+    message = " ".join(str(error).split())
+    for option, flag in _FLAGS.items():
+        message = message.replace(option, flag)
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
-    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)

@@ -66,7 +66,8 @@ class TrainConfig:
     data_dir: Path | None = None
     """Folder of the data. Default: the environment variable REVDATA_DIR, else a cache folder."""
     download: bool = False
-    """Download the data set if its files are not there."""
+    """Download the data set if its files are not there. This is the default where neither
+    --data-dir nor REVDATA_DIR names a folder."""
     verify: Annotated[bool, Parameter(negative="--no-verify")] = True
     """Compare the data's checksums. --no-verify reads repackaged files."""
     out: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,8 +15,12 @@ from revtrain.net import memory_format
 def load_images(
     name: str, split: str, *, data_dir: Path | None, verify: bool, download: bool = False
 ) -> ImageSet:
-    """Loads a split; `revdata.DataError` says what is wrong."""
-    return revdata.load(name, split, root=data_dir, verify=verify, download=download)
+    """Loads a split; `revdata.DataError` says what is wrong.
+
+    Where no folder was named, nobody can have put files there, and they are downloaded.
+    """
+    named = data_dir is not None or bool(os.environ.get("REVDATA_DIR"))
+    return revdata.load(name, split, root=data_dir, verify=verify, download=download or not named)
 
 
 def refuse_more_classes(images: ImageSet, num_classes: int) -> None:

@@ -96,16 +96,18 @@ class Trainer:
         device = accelerator.device
 
         train_split, self.test_split = ("fit", "val") if config.val else ("train", "test")
-        train_images, test_images = (
-            load_images(
-                config.data,
-                split,
-                data_dir=config.data_dir,
-                verify=config.verify,
-                download=config.download,
+        # The others of a machine wait: what has to be downloaded is downloaded once.
+        with accelerator.local_main_process_first():
+            train_images, test_images = (
+                load_images(
+                    config.data,
+                    split,
+                    data_dir=config.data_dir,
+                    verify=config.verify,
+                    download=config.download,
+                )
+                for split in (train_split, self.test_split)
             )
-            for split in (train_split, self.test_split)
-        )
         num_classes = config.num_classes or len(train_images.classes)
         refuse_more_classes(train_images, num_classes)
         self.train_loader = make_loader(
