@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
 
+    if not arguments.output.parent.is_dir():
+        parser.error(f"--output (={arguments.output}) is in a folder that does not exist")
     accelerator = Accelerator(cpu=arguments.cpu, mixed_precision=arguments.mixed_precision)
     spec = NetSpec.of(arguments.model, num_classes=10, in_channels=3)
     size = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)

@@ -29,8 +29,13 @@ def provenance(accelerator: Accelerator) -> dict[str, Any]:
 
 def _command() -> str:
     program, *arguments = sys.argv
-    name = Path(program).name
-    start = ["python", "-m", "revtrain"] if name == "__main__.py" else [name]
+    path = Path(program)
+    if path.name == "__main__.py":
+        start = ["python", "-m", "revtrain"]
+    elif path.suffix == ".py":
+        start = ["python", Path(os.path.relpath(path)).as_posix()]
+    else:
+        start = [path.name]
     return shlex.join([*start, *arguments])
 
 

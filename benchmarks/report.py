@@ -1,0 +1,135 @@
+"""Writes the pictures and tables of the documents from the records in benchmarks/results.
+
+    python benchmarks/report.py            writes them
+    python benchmarks/report.py --check    fails if a table is not that of the records
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from revtrain.memory import DepthCost, StepCost
+from revtrain.plots import plot_memory
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "index.md"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    stale = []
+    for document in DOCUMENTS:
+        old = document.read_text(encoding="utf-8")
+        new = fill(old)
+        if new == old:
+            continue
+        stale.append(document.name)
+        if not check:
+            document.write_text(new, encoding="utf-8")
+    if check and stale:
+        sys.exit(f"{', '.join(stale)} differ from the records: run python benchmarks/report.py")
+    if not check:
+        record = read("depth.json")
+        plot_memory(costs(record), record["model"], [ROOT / "docs" / "assets" / "memory.svg"])
+
+
+def fill(text: str) -> str:
+    """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
+    tables = {"runs": runs, "digits": digits, "depth": depth}
+
+    def replacement(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
+
+    pattern = r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)"
+    return re.sub(pattern, replacement, text, flags=re.DOTALL)
+
+
+def runs() -> str:
+    """Returns all runs: what was trained on what, and what came of it."""
+    rows = []
+    for file in sorted(RESULTS.glob("*/summary.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
+        folder = file.parent.relative_to(ROOT).as_posix()
+        rows.append(
+            [
+                f"[{summary['model']}]({folder}), {summary['parameters']:,} parameters",
+                summary["data"],
+                f"{summary['test_accuracy']:.2%}",
+                f"{summary['epochs']}",
+                f"{summary['train_seconds']:,.0f} s",
+                f"{summary['step_seconds'] * 1e3:.1f} ms",
+                f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB",
+                hardware(config),
+            ]
+        )
+    return table(
+        "network, data, test accuracy, epochs, training time, step, peak memory, hardware", rows
+    )
+
+
+def digits() -> str:
+    """Returns what the main job prints of memory and time over depth."""
+    return cost_table(read("revnet38-digits-cpu/memory.json"))
+
+
+def depth() -> str:
+    """Returns the numbers of the picture, and where they come from."""
+    record = read("depth.json")
+    batch = "x".join(map(str, record["batch"]))
+    return (
+        f"{cost_table(record)}\n\n{record['model']} with other numbers of blocks, a batch of {batch}"
+        f" in float32, {hardware(record)}. Command: `{record['command']}`"
+    )
+
+
+def cost_table(record: dict[str, Any]) -> str:
+    rows = []
+    for cost in costs(record):
+        row = [str(cost.layers)]
+        for key, scale in (("activation_bytes", 1e-6), ("peak_bytes", 1e-6), ("step_seconds", 1e3)):
+            row += [f"{getattr(way, key) * scale:,.1f}" for way in (cost.reversing, cost.stored)]
+        rows.append(row)
+    return table(
+        "layers, kept MB reversed, kept MB stored, peak MB reversed, peak MB stored,"
+        " step ms reversed, step ms stored",
+        rows,
+    )
+
+
+def costs(record: dict[str, Any]) -> list[DepthCost]:
+    return [
+        DepthCost(**(cost | {way: StepCost(**cost[way]) for way in ("reversing", "stored")}))
+        for cost in record["depths"]
+    ]
+
+
+def hardware(record: dict[str, Any]) -> str:
+    machine = record["hardware"]
+    device = machine.get("device_name") or f"{machine['cores']} CPU cores"
+    precision = machine["mixed_precision"]
+    suffix = "" if precision == "no" else f", {precision}"
+    return f"{device}, torch {record['versions']['torch']}{suffix}"
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    names = header.split(", ")
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return record
+
+
+if __name__ == "__main__":
+    main()
