@@ -1,7 +1,7 @@
 """Writes the pictures and tables of the documents from the records in benchmarks/results.
 
-    python benchmarks/report.py            writes them
-    python benchmarks/report.py --check    fails if a table is not that of the records
+python benchmarks/report.py            writes them
+python benchmarks/report.py --check    fails if a table is not that of the records
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 def fill(text: str) -> str:
     """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
-    tables = {"runs": runs, "digits": digits, "depth": depth}
+    tables = {"caption": caption, "digits": digits, "runs": runs}
 
     def replacement(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
@@ -59,11 +59,17 @@ def runs() -> str:
         summary = json.loads(file.read_text(encoding="utf-8"))
         config = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
         folder = file.parent.relative_to(ROOT).as_posix()
+        changed = "".join(
+            f", {name} {' '.join(map(str, config['config'][name]))}"
+            for name in ("blocks", "channels")
+            if config["config"][name]
+        )
         rows.append(
             [
-                f"[{summary['model']}]({folder}), {summary['parameters']:,} parameters",
+                f"[{summary['model']}]({folder}){changed}",
+                f"{summary['parameters']:,}",
                 summary["data"],
-                f"{summary['test_accuracy']:.2%}",
+                f"{summary['test_accuracy'] * 100:.2f} %",
                 f"{summary['epochs']}",
                 f"{summary['train_seconds']:,.0f} s",
                 f"{summary['step_seconds'] * 1e3:.1f} ms",
@@ -72,29 +78,43 @@ def runs() -> str:
             ]
         )
     return table(
-        "network, data, test accuracy, epochs, training time, step, peak memory, hardware", rows
+        "network, parameters, data, test accuracy, epochs, training time, step, peak memory, hardware",
+        rows,
     )
 
 
 def digits() -> str:
-    """Returns what the main job prints of memory and time over depth."""
-    return cost_table(read("revnet38-digits-cpu/memory.json"))
+    """Returns what the main job ends with."""
+    folder = "revnet38-digits-cpu"
+    summary, config = read(f"{folder}/summary.json"), read(f"{folder}/config.json")
+    record = read(f"{folder}/memory.json")
+    return (
+        f"On {hardware(config)}, it reached {summary['test_accuracy'] * 100:.1f} % on the test images in "
+        f"{summary['train_seconds']:.0f} s, at {summary['step_seconds'] * 1e3:.0f} ms a step, and "
+        f"measured (batch of {record['batch'][0]}; *kept* is what the forward pass leaves behind "
+        f"for the backward pass):\n\n{cost_table(record)}"
+    )
 
 
-def depth() -> str:
-    """Returns the numbers of the picture, and where they come from."""
+def caption() -> str:
+    """Returns how the numbers of the picture came about."""
     record = read("depth.json")
     batch = "x".join(map(str, record["batch"]))
+    first, last = costs(record)[0], costs(record)[-1]
     return (
-        f"{cost_table(record)}\n\n{record['model']} with other numbers of blocks, a batch of {batch}"
-        f" in float32, {hardware(record)}. Command: `{record['command']}`"
+        f"Measured with {record['model']} and other numbers of blocks, a batch of {batch}, float32 "
+        f"streams, on {hardware(record)}, eager, by `{record['command']}`. From {first.layers} to "
+        f"{last.layers} layers, what a step keeps goes from "
+        f"{first.stored.activation_bytes / 1e6:,.0f} to {last.stored.activation_bytes / 1e6:,.0f} "
+        f"MB stored, and from {first.reversing.activation_bytes / 1e6:,.1f} to "
+        f"{last.reversing.activation_bytes / 1e6:,.1f} MB reversed."
     )
 
 
 def cost_table(record: dict[str, Any]) -> str:
     rows = []
     for cost in costs(record):
-        row = [str(cost.layers)]
+        row = [f"{cost.layers}"]
         for key, scale in (("activation_bytes", 1e-6), ("peak_bytes", 1e-6), ("step_seconds", 1e3)):
             row += [f"{getattr(way, key) * scale:,.1f}" for way in (cost.reversing, cost.stored)]
         rows.append(row)

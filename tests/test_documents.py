@@ -1,6 +1,8 @@
 """The Python blocks of every document run, from top to bottom, and none is passed over."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,12 @@ def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         block.evaluate()
+
+
+def test_tables_are_those_of_the_records():
+    report = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"]
+    done = subprocess.run(report, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_documents_hold_python():
