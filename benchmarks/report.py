@@ -1,7 +1,7 @@
 """Writes the pictures and tables of the documents from the records in benchmarks/results.
 
-python benchmarks/report.py            writes them
-python benchmarks/report.py --check    fails if a table is not that of the records
+Usage: `python benchmarks/report.py`; with `--check` it changes nothing, and fails if a table is not
+that of the records.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def runs() -> str:
             ]
         )
     return table(
-        "network, parameters, data, test accuracy, epochs, training time, step, peak memory, hardware",
+        "network, parameters, data, test accuracy, epochs, training time, step,"
+        " peak memory, hardware",
         rows,
     )
 
@@ -89,8 +90,8 @@ def digits() -> str:
     summary, config = read(f"{folder}/summary.json"), read(f"{folder}/config.json")
     record = read(f"{folder}/memory.json")
     return (
-        f"On {hardware(config)}, it reached {summary['test_accuracy'] * 100:.1f} % on the test images in "
-        f"{summary['train_seconds']:.0f} s, at {summary['step_seconds'] * 1e3:.0f} ms a step, and "
+        f"On {hardware(config)}, it reached {summary['test_accuracy'] * 100:.1f} % on the test images "
+        f"in {summary['train_seconds']:.0f} s, at {summary['step_seconds'] * 1e3:.0f} ms a step, and "
         f"measured (batch of {record['batch'][0]}; *kept* is what the forward pass leaves behind "
         f"for the backward pass):\n\n{cost_table(record)}"
     )
