@@ -89,11 +89,12 @@ def digits() -> str:
     folder = "revnet38-digits-cpu"
     summary, config = read(f"{folder}/summary.json"), read(f"{folder}/config.json")
     record = read(f"{folder}/memory.json")
+    accuracy, step = summary["test_accuracy"] * 100, summary["step_seconds"] * 1e3
     return (
-        f"On {hardware(config)}, it reached {summary['test_accuracy'] * 100:.1f} % on the test images "
-        f"in {summary['train_seconds']:.0f} s, at {summary['step_seconds'] * 1e3:.0f} ms a step, and "
-        f"measured (batch of {record['batch'][0]}; *kept* is what the forward pass leaves behind "
-        f"for the backward pass):\n\n{cost_table(record)}"
+        f"On {hardware(config)}, it reached {accuracy:.1f} % on the test images in "
+        f"{summary['train_seconds']:.0f} s, at {step:.0f} ms a step, and measured (batch of "
+        f"{record['batch'][0]}; *kept* is what the forward pass leaves behind for the backward "
+        f"pass):\n\n{cost_table(record)}"
     )
 
 
