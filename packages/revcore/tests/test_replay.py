@@ -1,5 +1,6 @@
 """The second run of a branch sees what the first one saw, and leaves no trace."""
 
+import copy
 import threading
 
 import pytest
@@ -228,45 +229,60 @@ def test_an_exception_in_recomputation_leaves_everything_as_it_was(device):
 
 
 def test_two_nets_in_two_threads(device):
-    def train(seed, results):
-        chain, x = make(seed)
+    def make(seed):
+        torch.manual_seed(seed)
+        chain = chain_of(linear, lambda: nn.BatchNorm1d(4), nn.Tanh, device=device)
+        return chain, torch.randn(6, 8, dtype=torch.float64, device=device)
+
+    def train(chain, x):
         for _ in range(20):
             loss_of(chain(x)).backward()
-        results[seed] = [p.grad for p in chain.parameters()]
 
-    def make(seed):
-        with lock:
-            torch.manual_seed(seed)
-            chain = chain_of(linear, lambda: nn.BatchNorm1d(4), nn.Tanh, device=device)
-            return chain, torch.randn(6, 8, dtype=torch.float64, device=device)
-
-    lock = threading.Lock()
-    alone, together = {}, {}
-    for seed in (1, 2):
-        train(seed, alone)
-    threads = [threading.Thread(target=train, args=(seed, together)) for seed in (1, 2)]
+    alone, together = ([make(seed) for seed in (1, 2)] for _ in range(2))
+    for net in alone:
+        train(*net)
+    threads = [threading.Thread(target=train, args=net) for net in together]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for seed in (1, 2):
-        for a, b in zip(alone[seed], together[seed], strict=True):
-            torch.testing.assert_close(a, b)
+    for (chain, _), (twin, _) in zip(alone, together, strict=True):
+        for a, b in zip(chain.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_random_numbers_drawn_by_another_thread_are_no_error(device):
+@pytest.mark.parametrize("p", [0.0, 0.5], ids=["deterministic", "dropout"])
+@pytest.mark.parametrize("passes", ["forward", "both"])
+def test_random_numbers_drawn_by_another_thread(device, passes, p):
+    """They are no matter for a branch that draws none, and seen where they are in the way."""
+
     class DrawsMeanwhile(nn.Linear):
-        """Stands for a thread that loads data while this branch, which is not random, runs."""
+        """Stands for a thread that loads data while this branch runs."""
+
+        numbers = 3
 
         def forward(self, x):
-            if not torch.is_grad_enabled():
-                thread = threading.Thread(target=torch.rand, args=(3,))
+            if self.numbers:
+                thread = threading.Thread(target=torch.rand, args=(self.numbers,))
                 thread.start()
                 thread.join()
-            return super().forward(x)
+                self.numbers = 7 if passes == "both" else 0
+            return torch.nn.functional.dropout(super().forward(x), p) if p else super().forward(x)
 
-    block = revcore.ReversibleBlock(DrawsMeanwhile(4, 4)).to(device)
-    block(torch.randn(2, 8, device=device)).sum().backward()
+    torch.manual_seed(0)
+    block = revcore.ReversibleBlock(DrawsMeanwhile(4, 4), coupling="additive").to(device)
+    twin = revcore.set_reversing(copy.deepcopy(block), False)
+    x = torch.randn(2, 8, device=device)
+    loss = block(x).sum()
+    if p and device.type == "cpu":
+        with pytest.raises(RuntimeError, match="another thread"):
+            loss.backward()
+        return
+    loss.backward()
+    if not p:
+        twin(x).sum().backward()
+        for a, b in zip(block.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_dropout_in_two_threads_agrees_with_its_own_forward(device):

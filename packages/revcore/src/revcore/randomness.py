@@ -49,16 +49,16 @@ def draws_since(states: list[tuple[torch.device, Tensor]]) -> list[Draw]:
     return [draw for draw in draws if not torch.equal(draw.before, draw.after)]
 
 
+class OtherDrawsError(Exception):
+    """A repeated run has left a generator elsewhere than the first run did."""
+
+
 @contextmanager
-def draw_again(draws: list[Draw], who: str) -> Iterator[None]:
+def draw_again(draws: list[Draw]) -> Iterator[None]:
     """Replays generators inside the context, and leaves them as they were.
 
-    Args:
-        draws: What to replay.
-        who: Name of what draws, for the error.
-
     Raises:
-        RuntimeError: If the code in the context draws other numbers than the first time.
+        OtherDrawsError: If a generator ends elsewhere than the first time.
     """
     outside = [_get_state(device) for device, _, _ in draws]
     try:
@@ -69,22 +69,22 @@ def draw_again(draws: list[Draw], who: str) -> Iterator[None]:
             now = _get_state(device)
             # A state that did not move now was moved by another thread then: no harm.
             if not torch.equal(now, after) and not torch.equal(now, before):
-                raise RuntimeError(
-                    f"branch {who} drew other random numbers when it was repeated: another thread "
-                    "drew from the same generator during its forward pass, or the branch behaves "
-                    "differently from call to call. Draw in that thread from a torch.Generator of "
-                    "its own."
-                )
+                raise OtherDrawsError
     finally:
         for (device, _, _), state in zip(draws, outside, strict=True):
             _set_state(device, state)
 
 
 class RefuseRandomness(TorchDispatchMode):
-    """Raises on an operation that draws random numbers, as dropout does."""
+    """Raises on an operation of this thread that draws random numbers, as dropout does.
 
-    def __init__(self) -> None:
+    Args:
+        message: What the error says.
+    """
+
+    def __init__(self, message: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._message = message
 
     def __torch_dispatch__(
         self,
@@ -94,11 +94,7 @@ class RefuseRandomness(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise RuntimeError(
-                f"{func} draws random numbers in a reversible branch while a CUDA graph is being "
-                "captured, where they cannot be replayed. Capture without dropout, or store the "
-                "activations: revcore.set_reversing(model, False)."
-            )
+            raise RuntimeError(f"{func}: {self._message}")
         return func(*args, **(kwargs or {}))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revcore.autocast import autocast_as, autocast_now
 from revcore.randomness import (
+    OtherDrawsError,
     RefuseRandomness,
     draw_again,
     draws_since,
@@ -33,6 +34,16 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 # Random generators, buffers and training flags belong to the process or to the module, not to a
 # call, so only one thread at a time may run a branch for the first time or repeat it.
 _LOCK = threading.RLock()
+
+_CAPTURING = (
+    "random numbers in a reversible branch cannot be replayed while a CUDA graph is being captured."
+    " Capture without dropout, or store the activations: revcore.set_reversing(model, False)."
+)
+_OTHER_DRAWS = (
+    "a reversible branch drew other random numbers when it was repeated: another thread drew from "
+    "the same generator during its forward pass, or the branch behaves differently from call to "
+    "call. Draw in that thread from a torch.Generator of its own."
+)
 
 
 class _Slot(NamedTuple):
@@ -112,7 +123,7 @@ class Replay:
             if any(state.enabled for state in self._autocast):
                 stack.enter_context(autocast_as([]))
             if is_capturing(x.device):
-                stack.enter_context(RefuseRandomness())
+                stack.enter_context(RefuseRandomness(_CAPTURING))
             buffers = [
                 (slot, slot.value.clone())
                 for module in self._modules
@@ -177,9 +188,15 @@ class Replay:
             self._restore_tensors(stack, aliases)
             if autocast_now(x.device.type) != self._autocast or self._autocast[-1].enabled:
                 stack.enter_context(autocast_as(self._autocast))
-            if self._draws:
-                stack.enter_context(draw_again(self._draws, type(self.branch).__name__))
-            return run_branch(self.branch, x.view_as(x), kwargs)
+            if not self._draws:
+                return run_branch(self.branch, x.view_as(x), kwargs)
+            try:
+                with draw_again(self._draws):
+                    return run_branch(self.branch, x.view_as(x), kwargs)
+            except OtherDrawsError:
+                # The draws may have been another thread's, which is no harm if these are all.
+                with RefuseRandomness(_OTHER_DRAWS):
+                    return run_branch(self.branch, x.view_as(x), kwargs)
 
     def _restore_flags(self, stack: ExitStack) -> None:
         for module, flag in zip(self._modules, self._training, strict=True):
