@@ -152,6 +152,7 @@ def test_downloads_where_no_folder_is_named(command, monkeypatch, folder, flags,
 
     monkeypatch.setattr("revtrain.data.revdata.load", load)
     monkeypatch.setenv("REVDATA_DIR", folder)
-    status, _, err = command("train", "--data", "cifar10", "--cpu", *flags)
+    words = ["train", "--data", "cifar10", "--cpu", "--out", "no such folder"]
+    status, _, err = command(*words, *flags)
     assert (status, err) == (2, "error: no files\n")
     assert asked == [download]
