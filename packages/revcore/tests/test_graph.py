@@ -154,7 +154,7 @@ def test_hooks_of_branches_and_parameters_run_as_in_plain_autograd(device):
         parameter = branch[0].weight
         parameter.register_hook(lambda grad: (seen.update(tensor=seen["tensor"] + 1), grad * 2)[1])
         parameter.register_post_accumulate_grad_hook(count("accumulated"))
-        loss_of(chain(case.x)).backward()
+        loss_of(chain(case.x.requires_grad_())).backward()
         return seen, parameter.grad
 
     torch.manual_seed(3)

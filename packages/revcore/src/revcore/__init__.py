@@ -3,6 +3,7 @@
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling, exp_adapter, sigmoid_adapter
 from revcore.coupling import Coupling
+from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
 from revcore.memory import track_memory
 from revcore.sequential import ReversibleBlock, ReversibleSequential, set_reversing
@@ -11,6 +12,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Coupling",
+    "FixedPointCoupling",
     "HalfStep",
     "ReversibleBlock",
     "ReversibleSequential",

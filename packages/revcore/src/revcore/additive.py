@@ -35,10 +35,10 @@ class AdditiveCoupling(Coupling):
     """
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a + _fitting(a, t)
+        return a + fitting(a, t)
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a - _fitting(a, t)
+        return a - fitting(a, t)
 
     # The gradients are known, so no graph has to be built for them.
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,12 @@ class AdditiveCoupling(Coupling):
         return grad, -grad
 
 
-def _fitting(a: Tensor, t: Tensor) -> Tensor:
+def fitting(a: Tensor, t: Tensor) -> Tensor:
+    """Returns the branch's output `t`, if it has the shape of the stream `a`.
+
+    Raises:
+        ValueError: If it has not.
+    """
     # Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
     if t.shape != a.shape:
         raise ValueError(

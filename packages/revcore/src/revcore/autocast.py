@@ -4,48 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import torch
 
-
-class Autocast(NamedTuple):
-    """The autocast state of one kind of device.
-
-    Attributes:
-        device_type: Such as `"cuda"`.
-        enabled: Whether operations are cast.
-        dtype: To what they are cast.
-    """
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
+Autocast = tuple[tuple[str, torch.dtype], ...]
+"""The kinds of device whose operations are cast, and to which dtype."""
 
 
-def autocast_now(device_type: str) -> list[Autocast]:
+def autocast_now(device_type: str) -> Autocast:
     """Reads the states that matter to code on a kind of device: its own and the CPU's."""
     kinds = ("cpu",) if device_type in ("cpu", "meta") else ("cpu", device_type)
-    return [
-        Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in kinds
-    ]
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
+    )
 
 
 @contextmanager
-def autocast_as(states: list[Autocast]) -> Iterator[None]:
+def autocast_as(states: Autocast, device_type: str) -> Iterator[None]:
     """Restores autocast states, with a cache that nothing outside shares.
 
     A weight that was cast without grad mode must not be found by code that needs its gradient,
     and one cast in a recomputation must not be found by the next, whose graph is another one.
     """
     cache = torch.is_autocast_cache_enabled()
+    now, wanted = dict(autocast_now(device_type)), dict(states)
     with ExitStack() as stack:
-        for state in states:
-            if state.enabled or torch.is_autocast_enabled(state.device_type):
-                stack.enter_context(
-                    torch.autocast(state.device_type, dtype=state.dtype, enabled=state.enabled)
-                )
+        for kind in {**now, **wanted}:
+            if now.get(kind) != wanted.get(kind):
+                changed = torch.autocast(kind, dtype=wanted.get(kind), enabled=kind in wanted)
+                stack.enter_context(changed)
         torch.set_autocast_cache_enabled(False)
         try:
             yield

@@ -13,22 +13,27 @@ from revcore.streams import Streams, join, split
 
 
 class Coupling(nn.Module, Scheme):
-    r"""Base class of the schemes with two streams.
+    r"""Base class of the schemes; by default two branches change two streams in turn.
 
     $$y_1 = \mathrm{combine}(x_1, f(x_2)), \qquad y_2 = \mathrm{combine}(x_2, g(y_1))$$
 
-    A subclass defines `combine` and `uncombine`. By itself a coupling is plain PyTorch code that
+    A subclass defines `combine` and `uncombine`, and `half_steps` (and `streams`) if it has other
+    steps than these two. By itself a coupling is plain PyTorch code that
     stores its activations; in a `ReversibleBlock` or `ReversibleSequential` it is reversed.
 
     Args:
         f: Module that reads the second stream.
         g: Module that reads the first.
-        split_dim: Dimension along which a single input tensor is split in two equal streams.
+        split_dim: Dimension along which a single input tensor is split in equal streams.
+
+    Attributes:
+        streams: How many streams a single input tensor is split in.
 
     Raises:
         TypeError: If `f` or `g` is not a module.
     """
 
+    streams: int = 2
     split_dim: int
 
     def __init__(self, f: nn.Module, g: nn.Module, split_dim: int = 1) -> None:
@@ -44,23 +49,27 @@ class Coupling(nn.Module, Scheme):
         self.split_dim = split_dim
 
     def half_steps(self) -> Sequence[HalfStep]:
-        """Lists the half-steps in the order of the forward pass."""
+        """Lists the half-steps in the order of the forward pass.
+
+        It is called for each pass, so a subclass may decide by its present attributes.
+        """
         return (HalfStep(self, self.f, 0, 1), HalfStep(self, self.g, 1, 0))
 
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
-        """Maps one tensor to one tensor, or two streams to a tuple of two.
+        """Maps one tensor to one tensor, or streams to a tuple of as many.
 
         Args:
-            x: One tensor of even size along `split_dim`, or two streams.
+            x: One tensor, which is split in equal parts along `split_dim`, or the streams, which
+                may be of any sizes that the branches fit.
             kwargs: Passed to every branch.
 
         Returns:
-            A tensor like the input, or a tuple of two.
+            A tensor like the input, or a tuple of streams.
 
         Raises:
-            ValueError: If a single tensor cannot be split in two equal streams.
+            ValueError: If a single tensor cannot be split in equal streams.
         """
-        streams = split(x, self.split_dim)
+        streams = split(x, self.split_dim, self.streams)
         return join(x, run(self.half_steps(), streams, kwargs), self.split_dim)
 
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
@@ -69,7 +78,7 @@ class Coupling(nn.Module, Scheme):
         Takes, returns and raises what `forward` does.
         """
         steps = [step.inverse() for step in reversed(self.half_steps())]
-        streams = split(y, self.split_dim)
+        streams = split(y, self.split_dim, self.streams)
         return join(y, run(steps, streams, kwargs), self.split_dim)
 
     def extra_repr(self) -> str:

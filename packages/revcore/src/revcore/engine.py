@@ -1,11 +1,11 @@
-"""The eager engine: one autograd node per half-step.
+"""The eager engine: one autograd node per step.
 
 The node of a half-step has the target stream, the source stream and the branch's parameters as
 inputs, and the new target stream as output. It saves nothing. Its backward asks the tape for the
 streams after the half-step, runs the branch once more with gradients on, reconstructs the old
 target from that same run, and differentiates: forward 1 + recompute 1 + backward 2, that is 4/3 of
 a step that stores its activations. Autograd adds up the gradients of a stream, and its order
-guarantees that later half-steps come first.
+guarantees that later steps come first.
 """
 
 from __future__ import annotations
@@ -13,48 +13,60 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from revcore.graph import refuse_foreign_leaves
-from revcore.half_step import HalfStep
-from revcore.replay import Replay, run_branch, version
+from revcore.grid import GridWatch
+from revcore.replay import Replay, run_branch
+from revcore.slots import version
+from revcore.step import Step
 from revcore.streams import Streams, join, split
 from revcore.tape import Record, Tape
 
 
-class _Recording(threading.local):
-    """The chain that is running forward in this thread, if any."""
+class _Call(threading.local):
+    """The call of a chain that is running forward in this thread, if any.
 
+    Attributes:
+        watch: Keeps the call on its grid; None outside of any call.
+        tape: What a reversing call records; None for one that stores.
+        tip: The streams that a reversing call expects next, with their versions.
+    """
+
+    watch: GridWatch | None = None
     tape: Tape | None = None
-    tip: tuple[tuple[Tensor, int], ...] | None = None  # the streams that it expects next
+    tip: tuple[tuple[Tensor, int], ...] = ()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Lets a branch run, in which other chains record for themselves."""
-        outside = self.tape, self.tip
-        self.tape = self.tip = None
+        outside = self.watch, self.tape, self.tip
+        self.watch, self.tape, self.tip = None, None, ()
         try:
             yield
         finally:
-            self.tape, self.tip = outside
+            self.watch, self.tape, self.tip = outside
+
+    def expect(self, streams: Sequence[Tensor]) -> None:
+        self.tip = tuple((stream, version(stream)) for stream in streams)
 
 
-_recording = _Recording()
+_call = _Call()
 
 
-class _HalfStepNode(torch.autograd.Function):
-    """`streams[target] <- combine(streams[target], branch(streams[source]))`, reversed."""
+class _StepNode(torch.autograd.Function):
+    """One step, reversed: the streams that it reads to those that it writes."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, index: int, a: Tensor, b: Tensor, *_leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, tape: Tape, index: int, *inputs: Tensor) -> Streams:
         ctx.tape, ctx.index = tape, index
         step, replay = tape.records[index]
-        with _recording.paused():
-            t = replay.first_run(b.detach())
-        return step.apply(a, t)
+        with _call.paused():
+            return step.apply(replay.first_run, inputs[: len(step.reads)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,89 +76,78 @@ class _HalfStepNode(torch.autograd.Function):
                 "activations where you need second derivatives: "
                 "revcore.set_reversing(model, False)."
             )
-        (grad,) = grads
         tape, index = ctx.tape, ctx.index
-        retain = _graph_is_retained()
+        retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         streams = tape.seek(index + 1, retain=retain)
         step, replay = tape.records[index]
-
-        b = replay.lay_out(streams[step.source]).detach()
-        needs_b, needs_leaves = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
-        b.requires_grad_(needs_b)
-        with torch.enable_grad():
-            leaves, t = replay.repeat_for_gradients(b)
-        wanted = [b] if needs_b else []
-        wanted += [leaf for leaf, needed in zip(leaves, needs_leaves, strict=True) if needed]
-
-        a = tape.anchor(index)
-        before = a[step.target] if a is not None else step.undo(streams[step.target], t.detach())
-        grad_a, grad_t = step.vjp(before, t.detach(), grad)
-        # The streams after the step are not needed any more; drop them before the graph is walked.
-        streams[step.target] = before
-        found: list[Tensor | None] = [None] * len(wanted)
-        if t.requires_grad:
-            refuse_foreign_leaves(t, (b, *leaves), replay.branch)
-            if wanted:
-                found = list(torch.autograd.grad(t, wanted, grad_t.to(t.dtype), allow_unused=True))
-        tape.leave(index, a if a is not None else streams, retain=retain)
-
-        rest = iter(found)
-        grad_b = next(rest) if needs_b else None
-        grad_leaves = (next(rest) if needed else None for needed in needs_leaves)
-        return (None, None, grad_a, grad_b, *grad_leaves)
+        kept = tape.anchor(index)
+        found, found_leaves = step.backward(replay, streams, kept, grads, ctx.needs_input_grad[2:])
+        tape.leave(index, streams, retain=retain)
+        return (None, None, *found, *found_leaves)
 
 
-def _graph_is_retained() -> bool:
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-def run(steps: Sequence[HalfStep], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
-    """Runs half-steps: reversed where a chain is recording in this thread, stored otherwise."""
-    tape = _recording.tape
-    if tape is None:
-        return _run_stored(steps, streams, kwargs)
-    _refuse_replaced(streams)
-    current = list(streams)
-    for step in steps:
-        current[step.target] = _run_step(tape, step, current, kwargs)
-    _recording.tip = tuple((stream, version(stream)) for stream in current)
-    return tuple(current)
-
-
-def _run_step(
-    tape: Tape, step: HalfStep, streams: Sequence[Tensor], kwargs: Mapping[str, Any]
-) -> Tensor:
-    _refuse_index(step, len(streams))
-    replay = Replay(step.branch, kwargs)
-    a, b = streams[step.target], dense(streams[step.source])
-    if not tape.records and not any(x.requires_grad for x in (a, b, *replay.leaves)):
-        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
-        with _recording.paused():
-            t = run_branch(step.branch, b, kwargs)
-        if t.requires_grad:
-            refuse_foreign_leaves(t, (), step.branch)
-        return step.apply(a, t)
-    tape.records.append(Record(step, replay))
-    out: Tensor = _HalfStepNode.apply(tape, len(tape.records) - 1, a, b, *replay.leaves)
-    return out
-
-
-def _run_stored(steps: Sequence[HalfStep], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
+def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
+    """Runs steps: reversed where a chain is recording in this thread, stored otherwise."""
+    watch, tape = _call.watch, _call.tape
+    if watch is None:
+        _call.watch = GridWatch()
+        try:
+            return _call.watch.close(run(steps, streams, kwargs))
+        finally:
+            _call.watch = None
+    if tape is not None:
+        _refuse_replaced(streams)
     current = list(streams)
     for step in steps:
         _refuse_index(step, len(current))
-        b = dense(current[step.source])
-        # The view gathers the branch's gradients of b before they meet the stream's own, as the
-        # node of a half-step does, so that both modes add up in the same order.
-        t = run_branch(step.branch, b.view_as(b), kwargs)
-        current[step.target] = step.apply(current[step.target], t)
+        current = watch.enter(step.grid, current)
+        inputs = [current[index] for index in step.reads]
+        if tape is None:
+            outputs = step.apply(partial(_run_stored, step, kwargs), inputs)
+        else:
+            outputs = _run_reversed(tape, step, inputs, kwargs)
+        watch.note(outputs)
+        for index, output in zip(step.writes, outputs, strict=True):
+            current[index] = output
+    if tape is not None:
+        _call.expect(current)
     return tuple(current)
+
+
+def _run_reversed(
+    tape: Tape, step: Step, inputs: Sequence[Tensor], kwargs: Mapping[str, Any]
+) -> Streams:
+    replay = Replay(step.branch, step.call, kwargs, same_graph=step.grid is not None)
+    inputs = [dense(x) for x in inputs]
+    if not tape.records and not any(x.requires_grad for x in (*inputs, *replay.leaves)):
+        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
+        return step.apply(partial(_run_frozen, step, kwargs), inputs)
+    tape.records.append(Record(step, replay))
+    outputs: Streams = _StepNode.apply(tape, len(tape.records) - 1, *inputs, *replay.leaves)
+    return outputs
+
+
+def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+    with _call.paused():
+        t = run_branch(step.call, x, kwargs)
+    if t.requires_grad:
+        refuse_foreign_leaves(t, (), step.branch)
+    return t
+
+
+def _run_stored(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+    # The view gathers the branch's gradients of x before they meet the stream's own, as the node of
+    # a step does, so that both modes add up in the same order.
+    x = dense(x)
+    with _call.paused():
+        return run_branch(step.call, x.view_as(x), kwargs)
 
 
 def reverse(
     body: Callable[..., Streams],
     x: Sequence[Tensor],
     split_dim: int,
+    count: int,
     kwargs: Mapping[str, Any],
     *,
     reversing: bool,
@@ -160,36 +161,41 @@ def reverse(
         body: Calls blocks, which call `run`.
         x: One tensor, or several streams.
         split_dim: Dimension along which one tensor is split.
+        count: How many streams one tensor is split in.
         kwargs: Extra arguments that all branches get.
         reversing: Whether to reverse or to store activations.
 
     Returns:
         One tensor, or a tuple of streams, as `x` was.
     """
-    streams = split(x, split_dim)
-    if _recording.tape is not None or not reversing or not _can_reverse():
+    streams = split(x, split_dim, count)
+    if _call.watch is not None:
         return join(x, body(*streams, **kwargs), split_dim)
-    tape = Tape(kwargs)
-    _recording.tape, _recording.tip = tape, tuple((s, version(s)) for s in streams)
+    tape = Tape() if reversing and _can_reverse() else None
+    _call.watch, _call.tape = GridWatch(), tape
     try:
+        if tape is not None:
+            _call.expect(streams)
         outputs = body(*streams, **kwargs)
-        _refuse_replaced(outputs)
+        if tape is not None:
+            _refuse_replaced(outputs)
+        outputs = _call.watch.close(outputs)
     finally:
-        _recording.tape = _recording.tip = None
+        _call.watch, _call.tape, _call.tip = None, None, ()
     y = join(x, outputs, split_dim)
-    # The joined output is what the next layer keeps: keep views of it, not the halves beside it.
-    if isinstance(y, Tensor):
+    if tape is not None and isinstance(y, Tensor):
+        # The joined output is what the next layer keeps: keep views, not the parts beside it.
         sizes = [stream.shape[split_dim] for stream in outputs]
         tape.seal(y.detach().split(sizes, split_dim))
-    else:
+    elif tape is not None:
         tape.seal(outputs)
     return y
 
 
 def keep(streams: Streams) -> None:
     """Keeps the streams as they stand, if a chain is recording, to restart from exactly."""
-    if _recording.tape is not None:
-        _recording.tape.keep(streams)
+    if _call.tape is not None:
+        _call.tape.keep(streams)
 
 
 def _can_reverse() -> bool:
@@ -213,23 +219,17 @@ def dense(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _refuse_index(step: HalfStep, count: int) -> None:
-    if max(step.target, step.source) >= count:
-        raise ValueError(
-            f"the coupling works on {max(step.target, step.source) + 1} streams or more, "
-            f"got {count}"
-        )
+def _refuse_index(step: Step, count: int) -> None:
+    needed = max(step.reads) + 1
+    if needed > count:
+        raise ValueError(f"the coupling works on {needed} streams or more, got {count}")
 
 
 def _refuse_replaced(streams: Streams) -> None:
-    tip = _recording.tip
-    if (
-        tip is None
-        or len(tip) != len(streams)
-        or not all(
-            version(stream) == count and _same_data(stream, seen)
-            for stream, (seen, count) in zip(streams, tip, strict=True)
-        )
+    tip = _call.tip
+    if len(tip) != len(streams) or not all(
+        version(stream) == count and _same_data(stream, seen)
+        for stream, (seen, count) in zip(streams, tip, strict=True)
     ):
         raise RuntimeError(
             "the streams between two blocks of a reversible chain were changed, by a hook or by an "

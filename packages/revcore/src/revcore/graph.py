@@ -1,16 +1,44 @@
-"""A look into a branch's graph, for what must not be there."""
+"""The graph of one branch: differentiating it, and a look for what must not be there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+
+
+def differentiate(
+    t: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor, branch: nn.Module
+) -> list[Tensor | None]:
+    """Returns the gradients of a branch's output, None where none is needed or there is none.
+
+    Args:
+        t: Output of a branch, with its graph.
+        inputs: The leaves of the graph: what the branch read, and its parameters.
+        needed: For each of them, whether its gradient is needed.
+        grad: Gradient of `t`.
+        branch: The module that computed `t`.
+
+    Raises:
+        RuntimeError: If the graph ends in a tensor that is not among the inputs.
+    """
+    if not t.requires_grad:
+        return [None] * len(inputs)
+    refuse_foreign_leaves(t, inputs, branch)
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+    if not wanted:
+        return [None] * len(inputs)
+    if grad.dtype != t.dtype:
+        grad = grad.to(t.dtype)
+    found = iter(torch.autograd.grad(t, wanted, grad, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module) -> None:
     """Raises if the graph of `t` ends in a tensor that would get no gradient.
 
-    The gradient of a half-step goes to its streams, to the branch's parameters and to the extra
+    The gradient of a step goes to its streams, to the branch's parameters and to the extra
     arguments. A tensor that a branch finds elsewhere (an attribute, a closure) would get none, in
     silence.
 
@@ -23,12 +51,11 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module)
         RuntimeError: Naming the shape of the foreign leaf.
     """
     expected = {id(tensor) for tensor in known}
-    expected |= {id(tensor.grad_fn) for tensor in known if tensor.grad_fn is not None}
     seen = set()
     stack = [t.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen or id(node) in expected:
+        if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
@@ -39,4 +66,5 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module)
                 "get no gradient. Register it as an nn.Parameter of the branch, pass it by "
                 "keyword (chain(x, name=tensor)), or detach it."
             )
-        stack.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            stack.append(following)

@@ -1,4 +1,4 @@
-"""Half-steps: all that the engine knows of a scheme.
+"""Half-steps: a scheme is two small functions.
 
 Every reversible scheme in the literature is a list of half-steps. A half-step changes one stream
 and reads another::
@@ -12,15 +12,20 @@ two small functions, `combine` and `uncombine`; inversion, gradients and memory 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from revcore.graph import differentiate
+from revcore.replay import Replay
+from revcore.step import Gradients, Run, Step
+
 
 class Scheme(ABC):
     """How a branch's output changes a stream, and how that is undone."""
+
+    grid: int | None = None
 
     @abstractmethod
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
@@ -45,49 +50,90 @@ def _vjp(
     with torch.enable_grad():
         a = a.detach().requires_grad_()
         t = t.detach().requires_grad_()
-        grad_a, grad_t = torch.autograd.grad(function(a, t), (a, t), grad)
+        grad_a, grad_t = torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
     return grad_a, grad_t
 
 
-@dataclass(frozen=True)
-class HalfStep:
-    """One update `streams[target] <- combine(streams[target], branch(streams[source]))`.
+class HalfStep(Step):
+    """Creates one update `streams[target] <- combine(streams[target], branch(streams[source]))`.
 
-    Attributes:
+    Args:
         scheme: Says what `combine` and `uncombine` are.
         branch: The module that reads the source stream.
         target: Index of the stream that changes.
         source: Index of the stream that the branch reads; never the target.
         inverted: Whether this is the update (False) or the way back (True).
+
+    Raises:
+        ValueError: If target and source are the same stream, or not an index.
+
+    Example:
+        >>> import revcore
+        >>> coupling = revcore.AdditiveCoupling(nn.Linear(2, 2), nn.Tanh())
+        >>> HalfStep(coupling, coupling.g, target=1, source=0)
+        HalfStep(AdditiveCoupling, Tanh, target=1, source=0)
     """
 
-    scheme: Scheme
-    branch: nn.Module
-    target: int
-    source: int
-    inverted: bool = False
-
-    def __post_init__(self) -> None:
-        if self.target == self.source:
+    def __init__(
+        self, scheme: Scheme, branch: nn.Module, target: int, source: int, *, inverted: bool = False
+    ) -> None:
+        if target == source or min(target, source) < 0:
             raise ValueError(
-                "a half-step must read another stream than the one that it changes, got "
-                f"target={self.target} and source={self.source}"
+                "a half-step must read another stream than the one that it changes, both counted "
+                f"from 0, got target={target} and source={source}"
             )
+        self.scheme = scheme
+        self.branch = branch
+        self.reads = (target, source)
+        self.writes = (target,)
+        self.inverted = inverted
+        self.grid = scheme.grid
+
+    def __repr__(self) -> str:
+        target, source = self.reads
+        names = f"{type(self.scheme).__name__}, {type(self.branch).__name__}"
+        end = ", inverted=True" if self.inverted else ""
+        return f"HalfStep({names}, target={target}, source={source}{end})"
+
+    @property
+    def call(self) -> nn.Module:
+        return self.branch
 
     def inverse(self) -> HalfStep:
-        """Creates the half-step that undoes this one."""
-        return replace(self, inverted=not self.inverted)
+        return HalfStep(self.scheme, self.branch, *self.reads, inverted=not self.inverted)
 
-    def apply(self, a: Tensor, t: Tensor) -> Tensor:
-        """Returns the target stream after the half-step; `t` is the branch's output."""
-        return self.scheme.uncombine(a, t) if self.inverted else self.scheme.combine(a, t)
+    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor]:
+        a, b = streams
+        return (self._change(a, run(b), back=self.inverted),)
 
-    def undo(self, a: Tensor, t: Tensor) -> Tensor:
-        """Returns the target stream before the half-step."""
-        return self.scheme.combine(a, t) if self.inverted else self.scheme.uncombine(a, t)
+    def undo(self, replay: Replay, streams: list[Tensor]) -> None:
+        target, source = self.reads
+        t = replay.repeat(streams[source])
+        streams[target] = self._change(streams[target], t, back=not self.inverted)
 
-    def vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gradients of `apply(a, t)` with respect to `a` and `t`."""
-        if self.inverted:
-            return self.scheme.uncombine_vjp(a, t, grad)
-        return self.scheme.combine_vjp(a, t, grad)
+    def backward(
+        self,
+        replay: Replay,
+        streams: list[Tensor],
+        kept: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> tuple[Gradients, Gradients]:
+        target, source = self.reads
+        leaves, t = replay.repeat_for_gradients(streams[source], needs_x=needed[1])
+        # The graph that gives the branch's output back is the one that is differentiated.
+        value = t.detach()
+        if kept is None:
+            a = self._change(streams[target], value, back=not self.inverted)
+            # What stood there after the step is free before the graph is walked.
+            streams[target] = a
+        else:
+            streams[:] = kept
+            a = kept[target]
+        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
+        grad_a, grad_t = vjp(a, value, grads[0])
+        grad_b, *grad_leaves = differentiate(t, leaves, needed[1:], grad_t, self.branch)
+        return [grad_a, grad_b], grad_leaves
+
+    def _change(self, a: Tensor, t: Tensor, *, back: bool) -> Tensor:
+        return self.scheme.uncombine(a, t) if back else self.scheme.combine(a, t)

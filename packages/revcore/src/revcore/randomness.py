@@ -11,24 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def get_states(device: torch.device) -> list[tuple[torch.device, Tensor]]:
-    """Reads the generators that code on `device` can draw from: its own and the CPU's.
-
-    While a CUDA graph is being captured a generator's state cannot be read, and there is none to
-    replay: see `RefuseRandomness`.
-    """
-    if is_capturing(device):
-        return []
-    cpu = torch.device("cpu")
-    devices = (cpu,) if device.type in ("cpu", "meta") else (cpu, device)
-    return [(device, _get_state(device)) for device in devices]
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Tells whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class Draw(NamedTuple):
     """What a run did to one generator.
 
@@ -43,10 +25,36 @@ class Draw(NamedTuple):
     after: Tensor
 
 
+_CPU = torch.device("cpu")
+
+
+def get_states(device: torch.device) -> list[tuple[torch.device, Tensor]]:
+    """Reads the generators that code on `device` can draw from: its own and the CPU's.
+
+    While a CUDA graph is being captured a generator's state cannot be read, and there is none to
+    replay: see `RefuseRandomness`.
+    """
+    if is_capturing(device):
+        return []
+    states = [(_CPU, torch.default_generator.get_state())]
+    if device.type not in ("cpu", "meta"):
+        states.append((device, _get_state(device)))
+    return states
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tells whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def draws_since(states: list[tuple[torch.device, Tensor]]) -> list[Draw]:
     """Lists the generators that have moved since `states` were read."""
-    draws = [Draw(device, before, _get_state(device)) for device, before in states]
-    return [draw for draw in draws if not torch.equal(draw.before, draw.after)]
+    draws = []
+    for device, before in states:
+        after = _get_state(device)
+        if not torch.equal(before, after):
+            draws.append(Draw(device, before, after))
+    return draws
 
 
 class OtherDrawsError(Exception):
@@ -98,9 +106,19 @@ class RefuseRandomness(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _get_state(device: torch.device) -> Tensor:
+def _generator(device: torch.device) -> torch.Generator | None:
+    """Returns the default generator, which is asked faster than through torch's module."""
     if device.type == "cpu":
-        return torch.get_rng_state()
+        return torch.default_generator
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return None
+
+
+def _get_state(device: torch.device) -> Tensor:
+    generator = _generator(device)
+    if generator is not None:
+        return generator.get_state()
     if device.type == "mps":
         return torch.mps.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
@@ -108,8 +126,9 @@ def _get_state(device: torch.device) -> Tensor:
 
 
 def _set_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
+    generator = _generator(device)
+    if generator is not None:
+        generator.set_state(state)
     elif device.type == "mps":
         torch.mps.set_rng_state(state)
     else:

@@ -9,9 +9,10 @@ statistics change once per training step, and the global random generators end w
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ from revcore.randomness import (
     get_states,
     is_capturing,
 )
+from revcore.slots import Slots, changed, version
 
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
 # repeats a training-mode run exactly and is cheaper than exchanging buffers. Subclasses may use
 # their buffers in other ways and take the general path.
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
 
 # Random generators, buffers and training flags belong to the process or to the module, not to a
 # call, so only one thread at a time may run a branch for the first time or repeat it.
@@ -46,68 +48,47 @@ _OTHER_DRAWS = (
 )
 
 
-class _Slot(NamedTuple):
-    """A parameter or buffer, and the place in a module that holds it.
-
-    Attributes:
-        table: The owner's dictionary of parameters or buffers.
-        name: Key in the table.
-        value: The tensor.
-        version: How often it had been changed in place.
-        kind: "parameter" or "buffer", for errors.
-        owner: The module that holds it, for errors.
-    """
-
-    table: dict[str, Tensor | None]
-    name: str
-    value: Tensor
-    version: int
-    kind: str
-    owner: nn.Module
-
-    def check(self) -> None:
-        if version(self.value) != self.version:
-            raise _changed(f"{self.kind} {self.name!r} of {type(self.owner).__name__}")
-
-    def swap(self, value: Tensor, stack: ExitStack) -> None:
-        """Puts another tensor into the place until the stack is closed."""
-        if self.name in self.table:
-            stack.callback(self.table.__setitem__, self.name, self.table[self.name])
-        else:
-            stack.callback(self.table.pop, self.name, None)
-        self.table[self.name] = value
-
-
 class Replay:
     """The first run of one branch on one input, and the means to repeat it.
 
     Args:
         branch: The module that is run.
+        call: How it is run: the module itself, or a method of it.
         kwargs: Extra keyword arguments for it.
+        same_graph: Whether also those runs that need no gradients should be made with gradients
+            on, because compiled code may compute other bits without.
 
     Attributes:
         leaves: The tensors beside the input that the branch may need a gradient for.
     """
 
-    def __init__(self, branch: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        branch: nn.Module,
+        call: Callable[..., Tensor],
+        kwargs: Mapping[str, Any],
+        *,
+        same_graph: bool = False,
+    ) -> None:
         self.branch = branch
+        self._same_graph = same_graph
+        self._call = call
         self._modules = _modules_of(branch)
         # Parameters are read at call time, because a module may hold others at another call
         # (torch.func.functional_call, FSDP).
-        self._parameters = [
-            slot
-            for module in self._modules
-            for slot in _slots(module, module._parameters, "parameter")
-        ]
-        self._kwargs = dict(kwargs)
-        self._versions = {
-            name: version(value) for name, value in kwargs.items() if isinstance(value, Tensor)
-        }
-        leaves = {id(slot.value): slot.value for slot in self._parameters}
-        for name in self._versions:
-            if self._kwargs[name].requires_grad:
-                leaves[id(self._kwargs[name])] = self._kwargs[name]
-        self.leaves = list(leaves.values())
+        self._parameters = Slots("parameter", self._modules)
+        self.leaves = list({id(value): value for value in self._parameters.values}.values())
+        self._kwargs = kwargs
+        self._versions: dict[str, int] = {}
+        if kwargs:
+            self._note_arguments(kwargs)
+
+    def _note_arguments(self, kwargs: Mapping[str, Any]) -> None:
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        self._versions = {name: version(value) for name, value in tensors.items()}
+        known = {id(leaf) for leaf in self.leaves}
+        extra = {id(value): value for value in tensors.values() if value.requires_grad}
+        self.leaves = self.leaves + [value for key, value in extra.items() if key not in known]
 
     def first_run(self, x: Tensor) -> Tensor:
         """Runs the branch as any module is run, and notes what it sees.
@@ -117,55 +98,75 @@ class Replay:
             RuntimeError: If the branch changes its input in place.
         """
         self._stride = x.stride()
+        self._needs_x = x.requires_grad
+        self._device_type = x.device.type
         self._training = [module.training for module in self._modules]
-        self._autocast = autocast_now(x.device.type)
-        with _LOCK, ExitStack() as stack:
-            if any(state.enabled for state in self._autocast):
-                stack.enter_context(autocast_as([]))
+        self._autocast = autocast_now(self._device_type)
+        with _LOCK:
+            buffers = Slots(
+                "buffer",
+                (
+                    module
+                    for module in self._modules
+                    if not (module.training and type(module) in _BATCH_NORMS)
+                ),
+            )
+            copies = [value.clone() for value in buffers.values]
+            states = get_states(x.device)
+            with torch.set_grad_enabled(self._same_graph):
+                x = x.detach().requires_grad_(self._needs_x and self._same_graph)
+                if self._autocast or is_capturing(x.device):
+                    t = self._first_run_guarded(x)
+                else:
+                    t = run_branch(self._call, x, self._kwargs)
+            self._draws = draws_since(states)
+            # A copy is kept of the few buffers that the branch has changed, to run it from there.
+            self._changed, self._unchanged = buffers.split_changed(copies)
+        return t.detach()
+
+    def _first_run_guarded(self, x: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            if self._autocast:
+                stack.enter_context(autocast_as(self._autocast, self._device_type))
             if is_capturing(x.device):
                 stack.enter_context(RefuseRandomness(_CAPTURING))
-            buffers = [
-                (slot, slot.value.clone())
-                for module in self._modules
-                if not (module.training and type(module) in _BATCH_NORMS)
-                for slot in _slots(module, module._buffers, "buffer")
-            ]
-            states = get_states(x.device)
-            t = run_branch(self.branch, x, self._kwargs)
-            self._draws = draws_since(states)
-        # A copy is kept of the few buffers that the branch has changed, to run it from there.
-        self._changed, self._unchanged = [], []
-        for slot, copy in buffers:
-            if slot.table.get(slot.name) is slot.value and version(slot.value) == slot.version:
-                self._unchanged.append(slot)
-            else:
-                self._changed.append((slot, copy))
-        return t
+            return run_branch(self._call, x, self._kwargs)
 
-    def lay_out(self, x: Tensor) -> Tensor:
+    def _lay_out(self, x: Tensor) -> Tensor:
         """Returns `x` with the strides that the branch saw first; other strides, other bits."""
         if x.stride() == self._stride:
             return x
         return torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device).copy_(x)
 
-    def repeat(self, x: Tensor) -> Tensor:
-        """Runs the branch again as it ran before, in the current grad mode, leaving no trace.
+    def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
+        """Runs the branch again as it ran before, leaving no trace.
 
         Args:
             x: The input of the first run, reconstructed.
+            call: What to run instead, with an input of its own: the branch's inverse.
 
         Raises:
             RuntimeError: If a parameter, buffer or argument has changed since, or the branch draws
                 other random numbers than before.
         """
-        return self._repeat(self.lay_out(x), {})
+        if call is not None:
+            return self._repeat(call, x, {}).detach()
+        x = self._lay_out(x).detach().requires_grad_(self._needs_x and self._same_graph)
+        with torch.set_grad_enabled(self._same_graph):
+            return self._repeat(self._call, x, {}).detach()
 
-    def repeat_for_gradients(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def repeat_for_gradients(self, x: Tensor, *, needs_x: bool) -> tuple[list[Tensor], Tensor]:
         """Runs the branch like `repeat`, for a graph of its own.
 
+        Args:
+            x: The input of the first run, reconstructed.
+            needs_x: Whether its gradient is needed.
+
         Returns:
-            The tensors to differentiate by, one for each of `leaves`, and the branch's output.
+            The leaves of the graph (what stands for `x`, then one tensor for each of `leaves`), and
+            the branch's output.
         """
+        x = self._lay_out(x).detach().requires_grad_(needs_x)
         # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again
         # on what the node returns; a stand-in has none.
         aliases = {
@@ -173,56 +174,68 @@ class Replay:
             for leaf in self.leaves
             if leaf._backward_hooks or not leaf.is_leaf
         }
-        t = self._repeat(x, aliases)
-        return [aliases.get(id(leaf), leaf) for leaf in self.leaves], t
+        with torch.enable_grad():
+            t = self._repeat(self._call, x, aliases)
+        if aliases:
+            return [x, *(aliases.get(id(leaf), leaf) for leaf in self.leaves)], t
+        return [x, *self.leaves], t
 
-    def _repeat(self, x: Tensor, aliases: Mapping[int, Tensor]) -> Tensor:
+    def _repeat(
+        self, call: Callable[..., Tensor], x: Tensor, aliases: Mapping[int, Tensor]
+    ) -> Tensor:
         kwargs = self._kwargs
         for name, count in self._versions.items():
             if version(kwargs[name]) != count:
-                raise _changed(f"argument {name!r}")
+                raise changed(f"argument {name!r}")
         if aliases:
             kwargs = {name: aliases.get(id(value), value) for name, value in kwargs.items()}
-        with _LOCK, ExitStack() as stack:
-            self._restore_flags(stack)
-            self._restore_tensors(stack, aliases)
-            if autocast_now(x.device.type) != self._autocast or self._autocast[-1].enabled:
-                stack.enter_context(autocast_as(self._autocast))
-            if not self._draws:
-                return run_branch(self.branch, x.view_as(x), kwargs)
+        with _LOCK:
+            undo: list[Callable[[], object]] = []
             try:
-                with draw_again(self._draws):
-                    return run_branch(self.branch, x.view_as(x), kwargs)
-            except OtherDrawsError:
-                # The draws may have been another thread's, which is no harm if these are all.
-                with RefuseRandomness(_OTHER_DRAWS):
-                    return run_branch(self.branch, x.view_as(x), kwargs)
+                self._restore_flags(undo)
+                self._parameters.restore(aliases, undo)
+                self._unchanged.restore({}, undo)
+                # Clones, because a graph that is retained may be run backward again.
+                self._changed.replace([copy.clone() for copy in self._changed.copies], undo)
+                return self._run_again(call, x, kwargs)
+            finally:
+                for step in reversed(undo):
+                    step()
 
-    def _restore_flags(self, stack: ExitStack) -> None:
+    def _run_again(
+        self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        if self._autocast or autocast_now(self._device_type):
+            with autocast_as(self._autocast, self._device_type):
+                return self._draw_again(call, x, kwargs)
+        return self._draw_again(call, x, kwargs)
+
+    def _draw_again(
+        self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        if not self._draws:
+            return run_branch(call, x.view_as(x), kwargs)
+        try:
+            with draw_again(self._draws):
+                return run_branch(call, x.view_as(x), kwargs)
+        except OtherDrawsError:
+            # The draws may have been another thread's, which is no harm if these are all.
+            with RefuseRandomness(_OTHER_DRAWS):
+                return run_branch(call, x.view_as(x), kwargs)
+
+    def _restore_flags(self, undo: list[Callable[[], object]]) -> None:
+        # Through __dict__, because nn.Module.__setattr__ takes microseconds.
         for module, flag in zip(self._modules, self._training, strict=True):
-            if module.training != flag:
-                stack.callback(setattr, module, "training", module.training)
-                module.training = flag
-            if flag and type(module) in _BATCH_NORMS and module.track_running_stats:
-                stack.callback(setattr, module, "track_running_stats", True)
-                module.track_running_stats = False  # type: ignore[assignment]
-
-    def _restore_tensors(self, stack: ExitStack, aliases: Mapping[int, Tensor]) -> None:
-        for slot in self._parameters:
-            slot.check()
-            value = aliases.get(id(slot.value), slot.value)
-            if slot.table.get(slot.name) is not value:
-                slot.swap(value, stack)
-        for slot in self._unchanged:
-            slot.check()
-            if slot.table.get(slot.name) is not slot.value:
-                slot.swap(slot.value, stack)
-        for slot, copy in self._changed:
-            # A clone, because a graph that is retained may be run backward again.
-            slot.swap(copy.clone(), stack)
+            own = module.__dict__
+            if own["training"] != flag:
+                undo.append(partial(own.__setitem__, "training", own["training"]))
+                own["training"] = flag
+            if flag and type(module) in _BATCH_NORMS and own["track_running_stats"]:
+                undo.append(partial(own.__setitem__, "track_running_stats", True))
+                own["track_running_stats"] = False
 
 
-def run_branch(branch: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Calls a branch, and refuses one whose result could not be reversed.
 
     Raises:
@@ -230,48 +243,32 @@ def run_branch(branch: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tenso
         RuntimeError: If the branch changes its input in place.
     """
     before = version(x)
-    t = branch(x, **kwargs)
+    t = call(x, **kwargs)
     if not isinstance(t, Tensor):
-        raise TypeError(
-            f"branch {type(branch).__name__} must return one tensor, got {type(t).__name__}"
-        )
+        raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
     if version(x) != before:
         raise RuntimeError(
-            f"branch {type(branch).__name__} changes its input in place, which destroys the stream "
-            "that it reads. Start the branch with an operation that is not in place, such as "
+            f"branch {_name(call)} changes its input in place, which destroys the stream that it "
+            "reads. Start the branch with an operation that is not in place, such as "
             "nn.ReLU(inplace=False)."
         )
     return t
 
 
-def version(tensor: Tensor) -> int:
-    """Counts the in-place changes of a tensor; inference tensors do not count theirs."""
-    return 0 if tensor.is_inference() else tensor._version
+def _name(call: Callable[..., Any]) -> str:
+    return type(getattr(call, "__self__", call)).__name__
 
 
 def _modules_of(branch: nn.Module) -> list[nn.Module]:
     # nn.Module.modules would do, but it builds names too and takes four times as long, for every
-    # half-step of every step.
+    # step of every pass.
     found: dict[nn.Module, None] = {}
     stack = [branch]
     while stack:
         module = stack.pop()
         if module not in found:
             found[module] = None
-            stack.extend(child for child in module._modules.values() if child is not None)
+            children = module._modules
+            if children:
+                stack.extend(child for child in children.values() if child is not None)
     return list(found)
-
-
-def _slots(module: nn.Module, table: dict[str, Any], kind: str) -> list[_Slot]:
-    return [
-        _Slot(table, name, value, version(value), kind, module)
-        for name, value in table.items()
-        if value is not None
-    ]
-
-
-def _changed(what: str) -> RuntimeError:
-    return RuntimeError(
-        f"{what} was changed in place between forward and backward, so a reversible branch cannot "
-        "be repeated. Call backward() before changing it (an optimizer's step changes parameters)."
-    )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
 from revcore.coupling import Coupling
-from revcore.engine import keep, reverse
+from revcore.engine import keep, reverse, run
+from revcore.fixed_point import FixedPointCoupling
+from revcore.invertible import InvertibleStep
 from revcore.streams import Streams
 
 _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "additive": AdditiveCoupling,
     "affine": AffineCoupling,
+    "fixed_point": FixedPointCoupling,
 }
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,8 +35,8 @@ class ReversibleBlock(nn.Module):
     Args:
         f: Any module that keeps the shape of its input, which is one of the two streams.
         g: Another one, for the other stream. By default an independent deep copy of `f`.
-        coupling: `"additive"`, `"affine"`, or a function `(f, g, split_dim=...) -> Coupling`, such
-            as a subclass of `Coupling`.
+        coupling: `"additive"`, `"affine"`, `"fixed_point"`, or a function
+            `(f, g, split_dim=...) -> Coupling`, such as a subclass of `Coupling`.
         split_dim: Dimension along which a single input tensor is split in two equal streams.
         keep_input: Whether to keep the input of `forward`. A kept input is an anchor: a chain goes
             on from it exactly, which stops rounding errors from growing. It never changes what is
@@ -83,26 +86,36 @@ class ReversibleBlock(nn.Module):
         self.reversing = True
 
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
-        """Maps one tensor to one tensor, or two streams to a tuple of two.
+        """Maps one tensor to one tensor, or streams to a tuple of as many.
 
         Args:
-            x: One tensor of even size along `split_dim`, or two streams.
+            x: One tensor, which is split in equal parts along `split_dim`, or the streams, which
+                may be of any sizes that the branches fit.
             kwargs: Passed to every branch. Tensors among them get their gradients.
 
         Returns:
-            A tensor like the input, or a tuple of two.
+            A tensor like the input, or a tuple of streams.
 
         Raises:
-            ValueError: If a single tensor cannot be split in two equal streams.
+            ValueError: If a single tensor cannot be split in equal streams.
         """
-        return reverse(self._forward, x, self.split_dim, kwargs, reversing=self.reversing)
+        return reverse(
+            self._forward, x, self.split_dim, self.streams, kwargs, reversing=self.reversing
+        )
 
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps the output of `forward` back to its input, up to rounding.
 
         Takes, returns and raises what `forward` does, and keeps no activations either.
         """
-        return reverse(self._inverse, y, self.split_dim, kwargs, reversing=self.reversing)
+        return reverse(
+            self._inverse, y, self.split_dim, self.streams, kwargs, reversing=self.reversing
+        )
+
+    @property
+    def streams(self) -> int:
+        """How many streams a single input tensor is split in."""
+        return self.coupling.streams
 
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         if self.keep_input:
@@ -132,8 +145,11 @@ class ReversibleSequential(nn.Sequential):
         (Gomez et al., 2017). https://arxiv.org/abs/1707.04585
 
     Args:
-        blocks: `ReversibleBlock`s, couplings, or other chains, in the order of the forward pass.
-        split_dim: Dimension along which a single input tensor is split in two equal streams.
+        blocks: In the order of the forward pass: `ReversibleBlock`s, couplings, other chains, and
+            any modules with a method `inverse(y)`, which gives `x` for `y = module(x)`. Those see
+            the streams joined in one tensor, along `split_dim`.
+        split_dim: Dimension along which a single input tensor is split in equal streams; two, if
+            the couplings do not say otherwise.
 
     Attributes:
         reversing: Whether the chain reverses (True) or stores activations as plain autograd does.
@@ -164,13 +180,13 @@ class ReversibleSequential(nn.Sequential):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Adds a block; the constructor and `append` come here."""
-        if not isinstance(module, (ReversibleBlock, Coupling, ReversibleSequential)):
+        if not isinstance(module, nn.Module) or not callable(getattr(module, "inverse", None)):
             raise TypeError(
-                f"block {name} is a {type(module).__name__}, which cannot be reversed; wrap it: "
-                "ReversibleBlock(module)"
+                f"block {name} is a {type(module).__name__}, which cannot be reversed; wrap it, "
+                "ReversibleBlock(module), or give it a method inverse(y)"
             )
         # 1 is the default, which a block in a chain need not repeat.
-        if module.split_dim not in (1, self.split_dim):
+        if _is_ours(module) and module.split_dim not in (1, self.split_dim):
             raise ValueError(
                 f"block {name} splits along split_dim={module.split_dim} and the chain along "
                 f"split_dim={self.split_dim}; give the chain split_dim={module.split_dim}"
@@ -186,40 +202,66 @@ class ReversibleSequential(nn.Sequential):
         return part
 
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
-        """Maps one tensor to one tensor, or two streams to a tuple of two.
+        """Maps one tensor to one tensor, or streams to a tuple of as many.
 
         Args:
-            x: One tensor of even size along `split_dim`, or two streams.
+            x: One tensor, which is split in equal parts along `split_dim`, or the streams, which
+                may be of any sizes that the branches fit.
             kwargs: Passed to every branch. Tensors among them get their gradients.
 
         Returns:
-            A tensor like the input, or a tuple of two.
+            A tensor like the input, or a tuple of streams.
 
         Raises:
-            ValueError: If a single tensor cannot be split in two equal streams.
+            ValueError: If a single tensor cannot be split in equal streams.
         """
-        return reverse(self._forward, x, self.split_dim, kwargs, reversing=self.reversing)
+        return reverse(
+            self._forward, x, self.split_dim, self.streams, kwargs, reversing=self.reversing
+        )
 
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps the output of `forward` back to its input, up to rounding.
 
         Takes, returns and raises what `forward` does, and keeps no activations either.
         """
-        return reverse(self._inverse, y, self.split_dim, kwargs, reversing=self.reversing)
+        return reverse(
+            self._inverse, y, self.split_dim, self.streams, kwargs, reversing=self.reversing
+        )
+
+    @property
+    def streams(self) -> int:
+        """How many streams a single input tensor is split in: as many as the couplings have."""
+        return max((block.streams for block in self if _is_ours(block)), default=1)
 
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         # Blocks are called, not unrolled, so that their hooks run (FSDP has some).
         for block in self:
-            streams = block(*streams, **kwargs)
+            if _is_ours(block):
+                streams = _several(block(*streams, **kwargs))
+            else:
+                step = InvertibleStep(block, len(streams), self.split_dim)
+                streams = run((step,), streams, kwargs)
         return streams
 
     def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
         for block in reversed(list(self)):
-            streams = block.inverse(*streams, **kwargs)  # type: ignore[operator]
+            if _is_ours(block):
+                streams = _several(block.inverse(*streams, **kwargs))
+            else:
+                step = InvertibleStep(block, len(streams), self.split_dim, inverted=True)
+                streams = run((step,), streams, kwargs)
         return streams
 
     def extra_repr(self) -> str:
         return f"split_dim={self.split_dim}, reversing={self.reversing}"
+
+
+def _is_ours(block: nn.Module) -> TypeGuard[ReversibleBlock | Coupling | ReversibleSequential]:
+    return isinstance(block, (ReversibleBlock, Coupling, ReversibleSequential))
+
+
+def _several(streams: Tensor | Streams) -> Streams:
+    return (streams,) if isinstance(streams, Tensor) else streams
 
 
 def set_reversing(module: M, enabled: bool) -> M:

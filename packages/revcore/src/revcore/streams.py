@@ -10,12 +10,13 @@ from torch import Tensor
 Streams = tuple[Tensor, ...]
 
 
-def split(x: Sequence[Tensor], split_dim: int) -> Streams:
-    """Splits a single tensor in two equal streams; streams that come apart stay apart.
+def split(x: Sequence[Tensor], split_dim: int, count: int = 2) -> Streams:
+    """Splits a single tensor in equal streams; streams that come apart stay apart.
 
     Raises:
         TypeError: If there is nothing to split, or something that is not a tensor.
-        ValueError: If the tensor has no dimension `split_dim`, or an odd size along it.
+        ValueError: If the tensor has no dimension `split_dim`, or a size along it that `count` does
+            not divide.
     """
     if not x:
         raise TypeError("expected one tensor or several streams, got no argument")
@@ -28,17 +29,20 @@ def split(x: Sequence[Tensor], split_dim: int) -> Streams:
     if len(x) > 1:
         return tuple(x)
     tensor = x[0]
+    if count == 1:
+        return (tensor,)
     if not -tensor.dim() <= split_dim < tensor.dim():
         raise ValueError(
             f"cannot split along split_dim={split_dim}: the input has shape {tuple(tensor.shape)}"
         )
     size = tensor.shape[split_dim]
-    if size % 2:
+    if size % count:
         raise ValueError(
-            f"cannot split split_dim={split_dim} of size {size} in two equal streams: the input "
-            f"has shape {tuple(tensor.shape)}. Give it an even size, or pass two streams."
+            f"cannot split split_dim={split_dim} of size {size} in {count} equal streams: the "
+            f"input has shape {tuple(tensor.shape)}. Give it a size that {count} divides, or pass "
+            f"{count} streams."
         )
-    return tuple(tensor.split(size // 2, split_dim)) if size else (tensor, tensor)
+    return tuple(tensor.split(size // count, split_dim)) if size else (tensor,) * count
 
 
 def join(x: Sequence[Tensor], streams: Streams, split_dim: int) -> Tensor | Streams:

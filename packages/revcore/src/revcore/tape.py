@@ -7,14 +7,15 @@ from the outputs: `seek(k)` gives the streams as they stood before step `k`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from revcore.half_step import HalfStep
-from revcore.replay import Replay, version
+from revcore.replay import Replay
+from revcore.slots import version
+from revcore.step import Step
 from revcore.streams import Streams
 
 _SECOND_TIME = (
@@ -49,27 +50,16 @@ class Saved:
 
 
 class Record(NamedTuple):
-    """One half-step of this call, and how to repeat its branch."""
+    """One step of this call, and how to repeat its branch."""
 
-    step: HalfStep
+    step: Step
     replay: Replay
-
-    def undo(self, streams: list[Tensor]) -> None:
-        """Takes the streams from after the half-step to before it, without gradients."""
-        with torch.no_grad():
-            t = self.replay.repeat(streams[self.step.source])
-            streams[self.step.target] = self.step.undo(streams[self.step.target], t)
 
 
 class Tape:
-    """Everything that one forward call of a chain keeps until its backward pass.
+    """Everything that one forward call of a chain keeps until its backward pass."""
 
-    Args:
-        kwargs: The extra arguments that all branches of the call get.
-    """
-
-    def __init__(self, kwargs: Mapping[str, Any]) -> None:
-        self.kwargs = kwargs
+    def __init__(self) -> None:
         self.records: list[Record] = []
         self._anchors: dict[int, Saved] = {}
         self._outputs: Saved | None = None
@@ -111,7 +101,9 @@ class Tape:
             position, streams = start, self._restart(start, retain=retain)
         while position > index:
             position -= 1
-            self.records[position].undo(streams)
+            step, replay = self.records[position]
+            with torch.no_grad():
+                step.undo(replay, streams)
         return streams
 
     def _restart(self, start: int, *, retain: bool) -> list[Tensor]:

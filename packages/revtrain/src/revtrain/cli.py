@@ -94,11 +94,11 @@ def main() -> None:
         command, arguments, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
     except (CycloptsError, *_BAD_INPUT) as error:
         _stop(error, 2)
-    try:
-        command(*arguments.args, **arguments.kwargs)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    command(*arguments.args, **arguments.kwargs)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Together: on the CPU a process can wait forever for another that has closed its end.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _stop(error: Exception, status: int) -> NoReturn:

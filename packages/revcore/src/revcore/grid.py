@@ -1,0 +1,119 @@
+"""Fixed-point numbers in floating-point tensors: multiples of 2^-k, which add without rounding.
+
+A float32 has 24 significant bits and a float64 has 53. As long as |x| < 2^(24-k), or 2^(53-k),
+sums and differences of multiples of 2^-k are exact, so what was added can be taken away again bit
+for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_DIGITS = {torch.float32: 24, torch.float64: 53}
+
+
+def to_grid(x: Tensor, bits: int) -> Tensor:
+    """Rounds to multiples of 2^-bits; the gradient passes through unchanged.
+
+    Example:
+        >>> to_grid(torch.tensor([0.3, -0.3]), 2)
+        tensor([ 0.2500, -0.2500])
+    """
+    old = x.detach()
+    # The difference is exact (Sterbenz' lemma), and so is the sum, which is the rounded value.
+    return x + (torch.round(old * 2.0**bits) / 2.0**bits - old)
+
+
+class GridWatch:
+    """Keeps the streams of one call on the grid of its scheme, if that has one.
+
+    Attributes:
+        bits: Fractional bits of the grid, None for no grid.
+    """
+
+    def __init__(self) -> None:
+        self.bits: int | None = None
+        self._entered = False
+        self._dtype = torch.float32
+        self._peaks: list[Tensor] = []
+
+    def enter(self, grid: int | None, streams: Sequence[Tensor]) -> list[Tensor]:
+        """Rounds the streams where a call begins; later, sees that no step leaves the grid.
+
+        Args:
+            grid: Fractional bits of the step that is to come.
+            streams: All streams.
+
+        Raises:
+            TypeError: If a stream has a dtype without a grid.
+            ValueError: If steps of several grids, or of one and of none, are in one chain.
+        """
+        if self._entered:
+            if grid != self.bits:
+                raise ValueError(
+                    "a chain mixes fixed-point couplings with other blocks, or of several "
+                    f"resolutions (fraction_bits {self.bits} and {grid}), so it could not be "
+                    "reversed bit for bit. Make them chains of their own."
+                )
+            return list(streams)
+        self._entered = True
+        self.bits = grid
+        if grid is None:
+            return list(streams)
+        for stream in streams:
+            if stream.dtype not in _DIGITS:
+                raise TypeError(
+                    f"fixed-point streams must be float32 or float64, got {stream.dtype}: call "
+                    "x.float() before the chain. Its branches may run in any precision."
+                )
+        self._dtype = streams[0].dtype
+        rounded = [to_grid(stream, grid) for stream in streams]
+        self.note(rounded)
+        return rounded
+
+    def note(self, streams: Sequence[Tensor]) -> None:
+        """Notes how large the values of some streams are."""
+        if self.bits is not None:
+            self._peaks += [
+                torch.linalg.vector_norm(stream.detach(), torch.inf)
+                for stream in streams
+                if stream.numel()
+            ]
+
+    def close(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Ends the call.
+
+        The host reads one number here. Where it cannot (a CUDA graph is being captured, or torch
+        only traces), streams that overflowed turn into NaN instead.
+
+        Raises:
+            OverflowError: If a value was too large for the grid, or not finite.
+        """
+        if self.bits is None or not self._peaks:
+            return tuple(streams)
+        limit = 2.0 ** (_DIGITS[self._dtype] - self.bits)
+        peaks = torch.stack(self._peaks)
+        fits = peaks < limit  # False for NaN
+        if _is_traced(peaks):
+            return tuple(torch.where(fits.all(), stream, torch.nan) for stream in streams)
+        if not bool(fits.all()):
+            first = int(fits.logical_not().int().argmax())
+            raise OverflowError(
+                f"fixed-point overflow: a stream reached {float(peaks[first]):g}, but with "
+                f"fraction_bits={self.bits} in {self._dtype} values must stay below {limit:g}. "
+                "Use fewer fraction_bits, float64 streams, or branches with smaller outputs (a "
+                "normalization)."
+            )
+        return tuple(streams)
+
+
+def _is_traced(x: Tensor) -> bool:
+    return (
+        x.device.type == "meta"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )

@@ -1,0 +1,78 @@
+"""Steps: all that the engine knows of a scheme.
+
+A step is an invertible update of a list of streams by one run of one module. Most are half-steps;
+see `revcore.half_step`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from revcore.replay import Replay
+
+Run = Callable[[Tensor], Tensor]
+Gradients = list["Tensor | None"]
+
+
+class Step(ABC):
+    """An update of some streams that can be undone.
+
+    Attributes:
+        branch: The module that is run.
+        reads: Indices of the streams that the update depends on.
+        writes: Indices of the streams that it changes.
+        grid: Number of fractional bits that all values of all streams have, before the step and
+            after it; None for any values.
+    """
+
+    branch: nn.Module
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    grid: int | None = None
+
+    @property
+    @abstractmethod
+    def call(self) -> Callable[..., Tensor]:
+        """How the branch is run in the direction of this step."""
+
+    @abstractmethod
+    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Returns the new values of the streams in `writes`, from those in `reads`.
+
+        Args:
+            run: Runs the branch, once.
+            streams: The streams in `reads`.
+        """
+
+    @abstractmethod
+    def undo(self, replay: Replay, streams: list[Tensor]) -> None:
+        """Takes all streams, in place of the list, from after the step to before it."""
+
+    @abstractmethod
+    def backward(
+        self,
+        replay: Replay,
+        streams: list[Tensor],
+        kept: Sequence[Tensor] | None,
+        grads: Sequence[Tensor],
+        needed: Sequence[bool],
+    ) -> tuple[Gradients, Gradients]:
+        """Undoes the step and differentiates it.
+
+        Args:
+            replay: Repeats the branch.
+            streams: All streams after the step; on return, before it.
+            kept: All streams before the step, if they were kept.
+            grads: Gradients of the streams in `writes`.
+            needed: Whether a gradient is needed: first for each of `reads`, then for each leaf.
+
+        Returns:
+            Gradients of the streams in `reads`, and of the branch's leaves.
+        """
+
+    @abstractmethod
+    def inverse(self) -> Step:
+        """Creates the step that undoes this one."""
