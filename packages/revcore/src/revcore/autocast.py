@@ -13,6 +13,8 @@ Autocast = tuple[tuple[str, torch.dtype], ...]
 
 def autocast_now(device_type: str) -> Autocast:
     """Reads the states that matter to code on a kind of device: its own and the CPU's."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
     kinds = ("cpu",) if device_type in ("cpu", "meta") else ("cpu", device_type)
     return tuple(
         (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)

@@ -55,6 +55,10 @@ class Coupling(nn.Module, Scheme):
         """
         return (HalfStep(self, self.f, 0, 1), HalfStep(self, self.g, 1, 0))
 
+    def inverse_half_steps(self) -> Sequence[HalfStep]:
+        """Lists the half-steps in the order of the inverse pass."""
+        return [step.inverse() for step in reversed(self.half_steps())]
+
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps one tensor to one tensor, or streams to a tuple of as many.
 
@@ -69,17 +73,20 @@ class Coupling(nn.Module, Scheme):
         Raises:
             ValueError: If a single tensor cannot be split in equal streams.
         """
-        streams = split(x, self.split_dim, self.streams)
-        return join(x, run(self.half_steps(), streams, kwargs), self.split_dim)
+        return self._run(self.half_steps(), x, kwargs)
 
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps the output of `forward` back to its input, up to rounding.
 
         Takes, returns and raises what `forward` does.
         """
-        steps = [step.inverse() for step in reversed(self.half_steps())]
-        streams = split(y, self.split_dim, self.streams)
-        return join(y, run(steps, streams, kwargs), self.split_dim)
+        return self._run(self.inverse_half_steps(), y, kwargs)
+
+    def _run(
+        self, steps: Sequence[HalfStep], x: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> Tensor | Streams:
+        streams = split(x, self.split_dim, self.streams)
+        return join(x, run(steps, streams, kwargs), self.split_dim)
 
     def extra_repr(self) -> str:
         return f"split_dim={self.split_dim}"

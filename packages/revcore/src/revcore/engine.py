@@ -11,10 +11,9 @@ guarantees that later steps come first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,34 +27,46 @@ from revcore.streams import Streams, join, split
 from revcore.tape import Record, Tape
 
 
-class _Call(threading.local):
-    """The call of a chain that is running forward in this thread, if any.
+class _Call:
+    """One forward call of a chain, or of a block or coupling alone.
 
     Attributes:
-        watch: Keeps the call on its grid; None outside of any call.
+        watch: Keeps the call on its grid.
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
     """
 
-    watch: GridWatch | None = None
-    tape: Tape | None = None
-    tip: tuple[tuple[Tensor, int], ...] = ()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Lets a branch run, in which other chains record for themselves."""
-        outside = self.watch, self.tape, self.tip
-        self.watch, self.tape, self.tip = None, None, ()
-        try:
-            yield
-        finally:
-            self.watch, self.tape, self.tip = outside
+    def __init__(self, tape: Tape | None) -> None:
+        self.watch = GridWatch()
+        self.tape = tape
+        self.tip: list[tuple[Tensor, int]] = []
 
     def expect(self, streams: Sequence[Tensor]) -> None:
-        self.tip = tuple((stream, version(stream)) for stream in streams)
+        self.tip = [(stream, version(stream)) for stream in streams]
+
+    def check(self, streams: Sequence[Tensor]) -> None:
+        """Raises if these are not the streams that are expected."""
+        if len(self.tip) != len(streams) or not all(
+            (stream is seen or _same_data(stream, seen)) and version(stream) == count
+            for stream, (seen, count) in zip(streams, self.tip, strict=True)
+        ):
+            raise RuntimeError(
+                "the streams between two blocks of a reversible chain were changed, by a hook or by"
+                " an in-place operation, so the chain cannot be reversed. Make the change a block "
+                "of its own, or split the chain there."
+            )
 
 
-_call = _Call()
+class _Thread(threading.local):
+    """The call that is running forward in this thread.
+
+    A branch runs with none, so that chains inside it have calls of their own.
+    """
+
+    call: _Call | None = None
+
+
+_thread = _Thread()
 
 
 class _StepNode(torch.autograd.Function):
@@ -65,8 +76,11 @@ class _StepNode(torch.autograd.Function):
     def forward(ctx: Any, tape: Tape, index: int, *inputs: Tensor) -> Streams:
         ctx.tape, ctx.index = tape, index
         step, replay = tape.records[index]
-        with _call.paused():
+        call, _thread.call = _thread.call, None
+        try:
             return step.apply(replay.first_run, inputs[: len(step.reads)])
+        finally:
+            _thread.call = call
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,29 +102,40 @@ class _StepNode(torch.autograd.Function):
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
     """Runs steps: reversed where a chain is recording in this thread, stored otherwise."""
-    watch, tape = _call.watch, _call.tape
-    if watch is None:
-        _call.watch = GridWatch()
-        try:
-            return _call.watch.close(run(steps, streams, kwargs))
-        finally:
-            _call.watch = None
-    if tape is not None:
-        _refuse_replaced(streams)
+    call = _thread.call
+    if call is None:
+        call = _Call(None)
+        return call.watch.close(_run(call, steps, streams, kwargs))
+    if call.tape is None:
+        return _run(call, steps, streams, kwargs)
+    call.check(streams)
+    streams = _run(call, steps, streams, kwargs)
+    call.expect(streams)
+    return streams
+
+
+def _run(
+    call: _Call, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]
+) -> Streams:
+    watch, tape = call.watch, call.tape
     current = list(streams)
     for step in steps:
-        _refuse_index(step, len(current))
-        current = watch.enter(step.grid, current)
-        inputs = [current[index] for index in step.reads]
+        if not watch.entered or watch.bits != step.grid:
+            current = watch.enter(step.grid, current)
+        try:
+            inputs = [dense(current[index]) for index in step.reads]
+        except IndexError:
+            raise ValueError(
+                f"the coupling works on {max(step.reads) + 1} streams or more, got {len(current)}"
+            ) from None
         if tape is None:
             outputs = step.apply(partial(_run_stored, step, kwargs), inputs)
         else:
             outputs = _run_reversed(tape, step, inputs, kwargs)
-        watch.note(outputs)
-        for index, output in zip(step.writes, outputs, strict=True):
+        if watch.bits is not None:
+            watch.note(outputs)
+        for index, output in zip(step.writes, outputs):  # noqa: B905 - as many, by contract
             current[index] = output
-    if tape is not None:
-        _call.expect(current)
     return tuple(current)
 
 
@@ -118,7 +143,6 @@ def _run_reversed(
     tape: Tape, step: Step, inputs: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> Streams:
     replay = Replay(step.branch, step.call, kwargs, same_graph=step.grid is not None)
-    inputs = [dense(x) for x in inputs]
     if not tape.records and not any(x.requires_grad for x in (*inputs, *replay.leaves)):
         # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
         return step.apply(partial(_run_frozen, step, kwargs), inputs)
@@ -128,8 +152,7 @@ def _run_reversed(
 
 
 def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
-    with _call.paused():
-        t = run_branch(step.call, x, kwargs)
+    t = _run_alone(step, kwargs, x)
     if t.requires_grad:
         refuse_foreign_leaves(t, (), step.branch)
     return t
@@ -138,50 +161,70 @@ def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
 def _run_stored(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
     # The view gathers the branch's gradients of x before they meet the stream's own, as the node of
     # a step does, so that both modes add up in the same order.
-    x = dense(x)
-    with _call.paused():
-        return run_branch(step.call, x.view_as(x), kwargs)
+    return _run_alone(step, kwargs, x.view_as(x))
+
+
+def _run_alone(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+    call, _thread.call = _thread.call, None
+    try:
+        return run_branch(step.call, x, kwargs)
+    finally:
+        _thread.call = call
+
+
+class Container(Protocol):
+    """What has blocks: a chain, or a block alone.
+
+    Attributes:
+        reversing: Whether to reverse or to store activations.
+        split_dim: Dimension along which one tensor is split.
+        streams: How many streams one tensor is split in.
+    """
+
+    reversing: bool
+    split_dim: int
+
+    @property
+    def streams(self) -> int: ...
 
 
 def reverse(
+    container: Container,
     body: Callable[..., Streams],
-    x: Sequence[Tensor],
-    split_dim: int,
-    count: int,
+    x: tuple[Tensor, ...],
     kwargs: Mapping[str, Any],
-    *,
-    reversing: bool,
 ) -> Tensor | Streams:
     """Runs `body`, which maps streams to streams, on a tape of its own.
 
-    Inside another chain's recording the body joins that chain, whose choice of reversing or
-    storing holds for all of it.
+    Inside another chain's call the body joins that chain, whose choice of reversing or storing
+    holds for all of it.
 
     Args:
+        container: Says how.
         body: Calls blocks, which call `run`.
         x: One tensor, or several streams.
-        split_dim: Dimension along which one tensor is split.
-        count: How many streams one tensor is split in.
         kwargs: Extra arguments that all branches get.
-        reversing: Whether to reverse or to store activations.
 
     Returns:
         One tensor, or a tuple of streams, as `x` was.
     """
-    streams = split(x, split_dim, count)
-    if _call.watch is not None:
+    joined = _thread.call is not None
+    if joined and len(x) > 1:
+        return body(*x, **kwargs)
+    split_dim = container.split_dim
+    streams = split(x, split_dim, container.streams)
+    if joined:
         return join(x, body(*streams, **kwargs), split_dim)
-    tape = Tape() if reversing and _can_reverse() else None
-    _call.watch, _call.tape = GridWatch(), tape
+    tape = Tape() if container.reversing and _can_reverse() else None
+    call = _thread.call = _Call(tape)
     try:
-        if tape is not None:
-            _call.expect(streams)
+        call.expect(streams)
         outputs = body(*streams, **kwargs)
         if tape is not None:
-            _refuse_replaced(outputs)
-        outputs = _call.watch.close(outputs)
+            call.check(outputs)
+        outputs = call.watch.close(outputs)
     finally:
-        _call.watch, _call.tape, _call.tip = None, None, ()
+        _thread.call = None
     y = join(x, outputs, split_dim)
     if tape is not None and isinstance(y, Tensor):
         # The joined output is what the next layer keeps: keep views, not the parts beside it.
@@ -194,8 +237,8 @@ def reverse(
 
 def keep(streams: Streams) -> None:
     """Keeps the streams as they stand, if a chain is recording, to restart from exactly."""
-    if _call.tape is not None:
-        _call.tape.keep(streams)
+    if _thread.call is not None and _thread.call.tape is not None:
+        _thread.call.tape.keep(streams)
 
 
 def _can_reverse() -> bool:
@@ -219,28 +262,9 @@ def dense(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def _refuse_index(step: Step, count: int) -> None:
-    needed = max(step.reads) + 1
-    if needed > count:
-        raise ValueError(f"the coupling works on {needed} streams or more, got {count}")
-
-
-def _refuse_replaced(streams: Streams) -> None:
-    tip = _call.tip
-    if len(tip) != len(streams) or not all(
-        version(stream) == count and _same_data(stream, seen)
-        for stream, (seen, count) in zip(streams, tip, strict=True)
-    ):
-        raise RuntimeError(
-            "the streams between two blocks of a reversible chain were changed, by a hook or by an "
-            "in-place operation, so the chain cannot be reversed. Make the change a block of its "
-            "own, or split the chain there."
-        )
-
-
 def _same_data(a: Tensor, b: Tensor) -> bool:
     # Hooks such as FSDP's hand on an alias that has a node of its own in the graph.
-    return a is b or bool(
+    return bool(
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.storage_offset() == b.storage_offset()
         and a.shape == b.shape

@@ -32,11 +32,12 @@ class GridWatch:
 
     Attributes:
         bits: Fractional bits of the grid, None for no grid.
+        entered: Whether the call has begun its first step.
     """
 
     def __init__(self) -> None:
         self.bits: int | None = None
-        self._entered = False
+        self.entered = False
         self._dtype = torch.float32
         self._peaks: list[Tensor] = []
 
@@ -51,7 +52,7 @@ class GridWatch:
             TypeError: If a stream has a dtype without a grid.
             ValueError: If steps of several grids, or of one and of none, are in one chain.
         """
-        if self._entered:
+        if self.entered:
             if grid != self.bits:
                 raise ValueError(
                     "a chain mixes fixed-point couplings with other blocks, or of several "
@@ -59,7 +60,7 @@ class GridWatch:
                     "reversed bit for bit. Make them chains of their own."
                 )
             return list(streams)
-        self._entered = True
+        self.entered = True
         self.bits = grid
         if grid is None:
             return list(streams)
@@ -76,12 +77,11 @@ class GridWatch:
 
     def note(self, streams: Sequence[Tensor]) -> None:
         """Notes how large the values of some streams are."""
-        if self.bits is not None:
-            self._peaks += [
-                torch.linalg.vector_norm(stream.detach(), torch.inf)
-                for stream in streams
-                if stream.numel()
-            ]
+        self._peaks += [
+            torch.linalg.vector_norm(stream.detach(), torch.inf)
+            for stream in streams
+            if stream.numel()
+        ]
 
     def close(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Ends the call.

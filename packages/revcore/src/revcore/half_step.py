@@ -77,7 +77,7 @@ class HalfStep(Step):
     def __init__(
         self, scheme: Scheme, branch: nn.Module, target: int, source: int, *, inverted: bool = False
     ) -> None:
-        if target == source or min(target, source) < 0:
+        if target == source or target < 0 or source < 0:
             raise ValueError(
                 "a half-step must read another stream than the one that it changes, both counted "
                 f"from 0, got target={target} and source={source}"

@@ -34,12 +34,12 @@ def get_states(device: torch.device) -> list[tuple[torch.device, Tensor]]:
     While a CUDA graph is being captured a generator's state cannot be read, and there is none to
     replay: see `RefuseRandomness`.
     """
+    states = [(_CPU, torch.default_generator.get_state())]
+    if device.type in ("cpu", "meta"):
+        return states
     if is_capturing(device):
         return []
-    states = [(_CPU, torch.default_generator.get_state())]
-    if device.type not in ("cpu", "meta"):
-        states.append((device, _get_state(device)))
-    return states
+    return [*states, (device, _get_state(device))]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -52,7 +52,7 @@ def draws_since(states: list[tuple[torch.device, Tensor]]) -> list[Draw]:
     draws = []
     for device, before in states:
         after = _get_state(device)
-        if not torch.equal(before, after):
+        if not _same(before, after):
             draws.append(Draw(device, before, after))
     return draws
 
@@ -76,7 +76,7 @@ def draw_again(draws: list[Draw]) -> Iterator[None]:
         for device, before, after in draws:
             now = _get_state(device)
             # A state that did not move now was moved by another thread then: no harm.
-            if not torch.equal(now, after) and not torch.equal(now, before):
+            if not _same(now, after) and not _same(now, before):
                 raise OtherDrawsError
     finally:
         for (device, _, _), state in zip(draws, outside, strict=True):
@@ -104,6 +104,11 @@ class RefuseRandomness(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise RuntimeError(f"{func}: {self._message}")
         return func(*args, **(kwargs or {}))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # States are bytes, which torch compares one by one; eight at a time are quicker.
+    return torch.equal(one.view(torch.int64), other.view(torch.int64))
 
 
 def _generator(device: torch.device) -> torch.Generator | None:

@@ -73,11 +73,13 @@ class Replay:
         self.branch = branch
         self._same_graph = same_graph
         self._call = call
+        # Modules and parameters are read at call time, because a module may hold others at another
+        # call (torch.func.functional_call, FSDP).
         self._modules = _modules_of(branch)
-        # Parameters are read at call time, because a module may hold others at another call
-        # (torch.func.functional_call, FSDP).
         self._parameters = Slots("parameter", self._modules)
-        self.leaves = list({id(value): value for value in self._parameters.values}.values())
+        self.leaves = self._parameters.values
+        if len(set(map(id, self.leaves))) < len(self.leaves):
+            self.leaves = list({id(value): value for value in self.leaves}.values())
         self._kwargs = kwargs
         self._versions: dict[str, int] = {}
         if kwargs:
@@ -102,35 +104,34 @@ class Replay:
         self._device_type = x.device.type
         self._training = [module.training for module in self._modules]
         self._autocast = autocast_now(self._device_type)
+        buffered = [
+            module
+            for module in self._modules
+            if module._buffers and not (module.training and type(module) in _BATCH_NORMS)
+        ]
         with _LOCK:
-            buffers = Slots(
-                "buffer",
-                (
-                    module
-                    for module in self._modules
-                    if not (module.training and type(module) in _BATCH_NORMS)
-                ),
-            )
+            buffers = Slots("buffer", buffered)
             copies = [value.clone() for value in buffers.values]
             states = get_states(x.device)
-            with torch.set_grad_enabled(self._same_graph):
-                x = x.detach().requires_grad_(self._needs_x and self._same_graph)
-                if self._autocast or is_capturing(x.device):
-                    t = self._first_run_guarded(x)
-                else:
-                    t = run_branch(self._call, x, self._kwargs)
+            if self._autocast or self._same_graph or not states:
+                t = self._guarded_run(x)
+            else:
+                t = run_branch(self._call, x, self._kwargs)
             self._draws = draws_since(states)
             # A copy is kept of the few buffers that the branch has changed, to run it from there.
-            self._changed, self._unchanged = buffers.split_changed(copies)
-        return t.detach()
+            self._buffers, changed_ones = buffers.split_changed() if buffered else (buffers, [])
+            self._copies = [(buffers, position, copies[position]) for position in changed_ones]
+        return t
 
-    def _first_run_guarded(self, x: Tensor) -> Tensor:
+    def _guarded_run(self, x: Tensor) -> Tensor:
         with ExitStack() as stack:
             if self._autocast:
                 stack.enter_context(autocast_as(self._autocast, self._device_type))
-            if is_capturing(x.device):
+            if is_capturing(x.device):  # so there are no states
                 stack.enter_context(RefuseRandomness(_CAPTURING))
-            return run_branch(self._call, x, self._kwargs)
+            stack.enter_context(torch.set_grad_enabled(self._same_graph))
+            x = x.detach().requires_grad_(self._needs_x and self._same_graph)
+            return run_branch(self._call, x, self._kwargs).detach()
 
     def _lay_out(self, x: Tensor) -> Tensor:
         """Returns `x` with the strides that the branch saw first; other strides, other bits."""
@@ -139,7 +140,7 @@ class Replay:
         return torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device).copy_(x)
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
-        """Runs the branch again as it ran before, leaving no trace.
+        """Runs the branch again as it ran before, without gradients, leaving no trace.
 
         Args:
             x: The input of the first run, reconstructed.
@@ -150,9 +151,12 @@ class Replay:
                 other random numbers than before.
         """
         if call is not None:
-            return self._repeat(call, x, {}).detach()
-        x = self._lay_out(x).detach().requires_grad_(self._needs_x and self._same_graph)
-        with torch.set_grad_enabled(self._same_graph):
+            return self._repeat(call, x, {})
+        x = self._lay_out(x)
+        if not self._same_graph:
+            return self._repeat(self._call, x, {})
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(self._needs_x)
             return self._repeat(self._call, x, {}).detach()
 
     def repeat_for_gradients(self, x: Tensor, *, needs_x: bool) -> tuple[list[Tensor], Tensor]:
@@ -194,9 +198,10 @@ class Replay:
             try:
                 self._restore_flags(undo)
                 self._parameters.restore(aliases, undo)
-                self._unchanged.restore({}, undo)
-                # Clones, because a graph that is retained may be run backward again.
-                self._changed.replace([copy.clone() for copy in self._changed.copies], undo)
+                self._buffers.restore({}, undo)
+                for buffers, position, copy in self._copies:
+                    # A clone, because a graph that is retained may be run backward again.
+                    buffers.replace(position, copy.clone(), undo)
                 return self._run_again(call, x, kwargs)
             finally:
                 for step in reversed(undo):

@@ -99,18 +99,14 @@ class ReversibleBlock(nn.Module):
         Raises:
             ValueError: If a single tensor cannot be split in equal streams.
         """
-        return reverse(
-            self._forward, x, self.split_dim, self.streams, kwargs, reversing=self.reversing
-        )
+        return reverse(self, self._forward, x, kwargs)
 
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps the output of `forward` back to its input, up to rounding.
 
         Takes, returns and raises what `forward` does, and keeps no activations either.
         """
-        return reverse(
-            self._inverse, y, self.split_dim, self.streams, kwargs, reversing=self.reversing
-        )
+        return reverse(self, self._inverse, y, kwargs)
 
     @property
     def streams(self) -> int:
@@ -120,12 +116,12 @@ class ReversibleBlock(nn.Module):
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         if self.keep_input:
             keep(streams)
-        return self.coupling(*streams, **kwargs)  # type: ignore[no-any-return]
+        return run(self.coupling.half_steps(), streams, kwargs)
 
     def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
         if self.keep_input_inverse:
             keep(streams)
-        return self.coupling.inverse(*streams, **kwargs)  # type: ignore[return-value]
+        return run(self.coupling.inverse_half_steps(), streams, kwargs)
 
     def extra_repr(self) -> str:
         return (
@@ -215,18 +211,14 @@ class ReversibleSequential(nn.Sequential):
         Raises:
             ValueError: If a single tensor cannot be split in equal streams.
         """
-        return reverse(
-            self._forward, x, self.split_dim, self.streams, kwargs, reversing=self.reversing
-        )
+        return reverse(self, self._forward, x, kwargs)
 
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps the output of `forward` back to its input, up to rounding.
 
         Takes, returns and raises what `forward` does, and keeps no activations either.
         """
-        return reverse(
-            self._inverse, y, self.split_dim, self.streams, kwargs, reversing=self.reversing
-        )
+        return reverse(self, self._inverse, y, kwargs)
 
     @property
     def streams(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-Table = dict[str, Any]
+Undo = list[Callable[[], object]]
 
 
 class Slots:
@@ -20,41 +20,39 @@ class Slots:
 
     Attributes:
         values: The tensors, in order; one that has several places is there once for each.
-        copies: What `replace` should put into the places, if anything.
     """
 
-    def __init__(self, kind: str, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, kind: str, modules: Sequence[nn.Module]) -> None:
         self._kind = kind
-        self._places: list[tuple[nn.Module, Table, str]] = []
+        self._places: list[tuple[nn.Module, dict[str, Any], str]] = []
         self.values: list[Tensor] = []
         for module in modules:
-            table: Table = module._parameters if kind == "parameter" else module._buffers
+            table: dict[str, Any] = module._parameters if kind == "parameter" else module._buffers
             for name, value in table.items():
                 if value is not None:
                     self._places.append((module, table, name))
                     self.values.append(value)
-        self._versions = [version(value) for value in self.values]
-        self.copies: Sequence[Tensor] = ()
+        self._versions = versions(self.values)
 
-    def split_changed(self, copies: Sequence[Tensor]) -> tuple[Slots, Slots]:
-        """Tells the places whose tensors were changed since, with their copies, from the others."""
-        changed_ones, others = Slots(self._kind, ()), Slots(self._kind, ())
-        kept = []
-        for place, value, count, copy in zip(
-            self._places, self.values, self._versions, copies, strict=True
+    def split_changed(self) -> tuple[Slots, list[int]]:
+        """Parts the places whose tensors are as they were from the others.
+
+        Returns:
+            The former, and the positions of the latter.
+        """
+        same, moved = Slots(self._kind, ()), []
+        for position, ((_, table, name), value, count) in enumerate(
+            zip(self._places, self.values, self._versions, strict=True)
         ):
-            _, table, name = place
-            same = table.get(name) is value and version(value) == count
-            part = others if same else changed_ones
-            part._places.append(place)
-            part.values.append(value)
-            part._versions.append(count)
-            if not same:
-                kept.append(copy)
-        changed_ones.copies = kept
-        return changed_ones, others
+            if table.get(name) is not value or version(value) != count:
+                moved.append(position)
+                continue
+            same._places.append(self._places[position])
+            same.values.append(value)
+            same._versions.append(count)
+        return same, moved
 
-    def restore(self, aliases: Mapping[int, Tensor], undo: list[Callable[[], object]]) -> None:
+    def restore(self, aliases: Mapping[int, Tensor], undo: Undo) -> None:
         """Puts the tensors back in their places.
 
         Args:
@@ -64,22 +62,26 @@ class Slots:
         Raises:
             RuntimeError: If one of them was changed in place.
         """
-        for (module, table, name), value, count in zip(
-            self._places, self.values, self._versions, strict=True
-        ):
-            if version(value) != count:
-                raise changed(f"{self._kind} {name!r} of {type(module).__name__}")
+        if versions(self.values) != self._versions:
+            raise self._changed()
+        for (_, table, name), value in zip(self._places, self.values, strict=True):
             wanted = aliases.get(id(value), value) if aliases else value
             if table.get(name) is not wanted:
                 _swap(table, name, wanted, undo)
 
-    def replace(self, tensors: Sequence[Tensor], undo: list[Callable[[], object]]) -> None:
-        """Puts other tensors in the places; `undo` gets what takes that back."""
-        for (_, table, name), tensor in zip(self._places, tensors, strict=True):
-            _swap(table, name, tensor, undo)
+    def replace(self, position: int, value: Tensor, undo: Undo) -> None:
+        """Puts another tensor in a place; `undo` gets what takes that back."""
+        _, table, name = self._places[position]
+        _swap(table, name, value, undo)
+
+    def _changed(self) -> RuntimeError:
+        now = versions(self.values)
+        first = [a == b for a, b in zip(now, self._versions, strict=True)].index(False)
+        module, _, name = self._places[first]
+        return changed(f"{self._kind} {name!r} of {type(module).__name__}")
 
 
-def _swap(table: Table, name: str, value: Tensor, undo: list[Callable[[], object]]) -> None:
+def _swap(table: dict[str, Any], name: str, value: Tensor, undo: Undo) -> None:
     if name in table:
         undo.append(partial(table.__setitem__, name, table[name]))
     else:
@@ -90,6 +92,14 @@ def _swap(table: Table, name: str, value: Tensor, undo: list[Callable[[], object
 def version(tensor: Tensor) -> int:
     """Counts the in-place changes of a tensor; inference tensors do not count theirs."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Counts the in-place changes of each tensor."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # an inference tensor
+        return [version(tensor) for tensor in tensors]
 
 
 def changed(what: str) -> RuntimeError:

@@ -20,12 +20,12 @@ def split(x: Sequence[Tensor], split_dim: int, count: int = 2) -> Streams:
     """
     if not x:
         raise TypeError("expected one tensor or several streams, got no argument")
-    for position, tensor in enumerate(x):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"argument {position} must be a tensor, got {type(tensor).__name__}; pass what the "
-                "branches take beside their stream by keyword"
-            )
+    if not all(isinstance(tensor, Tensor) for tensor in x):
+        kinds = ", ".join(type(tensor).__name__ for tensor in x)
+        raise TypeError(
+            f"the arguments must be tensors, got {kinds}; pass what the branches take beside their "
+            "stream by keyword"
+        )
     if len(x) > 1:
         return tuple(x)
     tensor = x[0]

@@ -94,7 +94,9 @@ class Tape:
         if self._released:
             raise RuntimeError(_SECOND_TIME)
         cursor, self._cursor = self._cursor, None
-        start = min((i for i in self._anchors if i >= index), default=len(self.records))
+        start = len(self.records)
+        if self._anchors:
+            start = min((i for i in self._anchors if i >= index), default=start)
         if cursor is not None and index <= cursor[0] <= start:
             position, streams = cursor
         else:
