@@ -85,10 +85,26 @@ def _sigmoid_coupling(f: nn.Module, g: nn.Module, split_dim: int = 1) -> revcore
     return revcore.AffineCoupling(f, g, adapter=adapter, split_dim=split_dim)
 
 
+def _affine_bounded(a: Tensor, t: Tensor, dim: int) -> Tensor:
+    half = t.shape[dim] // 2
+    log_scale, shift = t.narrow(dim, 0, half), t.narrow(dim, half, half)
+    return a * torch.exp(4 / torch.pi * torch.atan(log_scale / 2)) + shift
+
+
+def _bounded_coupling(f: nn.Module, g: nn.Module, split_dim: int = 1) -> revcore.Coupling:
+    adapter = partial(revcore.bounded_adapter, split_dim=split_dim)
+    return revcore.AffineCoupling(f, g, adapter=adapter, split_dim=split_dim)
+
+
+# In float64 this grid is so fine that the formula need not know of it.
+_fixed_point = partial(revcore.FixedPointCoupling, fraction_bits=40)
+
 SCHEMES = {
     "additive": SchemeCase(revcore.AdditiveCoupling, 1, _additive),
     "affine-exp": SchemeCase(revcore.AffineCoupling, 1, _affine_exp),
     "affine-sigmoid": SchemeCase(_sigmoid_coupling, 2, _affine_sigmoid),
+    "affine-bounded": SchemeCase(_bounded_coupling, 2, _affine_bounded),
+    "fixed-point": SchemeCase(_fixed_point, 1, _additive),
 }
 
 
@@ -124,11 +140,14 @@ def make_case(
 ) -> Case:
     case, branch = SCHEMES[scheme], KINDS[kind]
     width = branch.shape[branch.split_dim]
+    coupling = case.coupling
+    if scheme == "fixed-point" and dtype != torch.float64:
+        coupling = revcore.FixedPointCoupling
     blocks = [
         revcore.ReversibleBlock(
             branch.branch(width, width * case.factor),
             branch.branch(width, width * case.factor),
-            coupling=case.coupling,
+            coupling=coupling,
             split_dim=branch.split_dim,
         )
         for _ in range(depth)

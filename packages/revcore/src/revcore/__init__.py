@@ -1,7 +1,7 @@
 """Reversible networks for PyTorch: training memory that does not grow with depth."""
 
 from revcore.additive import AdditiveCoupling
-from revcore.affine import AffineCoupling, exp_adapter, sigmoid_adapter
+from revcore.affine import AffineCoupling, bounded_adapter, exp_adapter, sigmoid_adapter
 from revcore.coupling import Coupling
 from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
@@ -17,6 +17,7 @@ __all__ = [
     "ReversibleBlock",
     "ReversibleSequential",
     "Scheme",
+    "bounded_adapter",
     "exp_adapter",
     "set_reversing",
     "sigmoid_adapter",

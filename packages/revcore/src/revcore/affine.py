@@ -50,6 +50,34 @@ def sigmoid_adapter(t: Tensor, split_dim: int = 1) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(log_odds + 2.0), shift
 
 
+def bounded_adapter(t: Tensor, split_dim: int = 1, clamp: float = 2.0) -> tuple[Tensor, Tensor]:
+    r"""Takes the first half as log-scale, bounded by an arc tangent, and the second as shift.
+
+    $$s = \exp\left(\tfrac{2c}{\pi} \arctan(t_1 / c)\right) \in (e^{-c}, e^c)$$
+
+    References:
+        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma and Dhariwal, 2018), table 1,
+        for the halves. https://arxiv.org/abs/1807.03039
+
+        Guided Image Generation with Conditional Invertible Neural Networks (Ardizzone et al.,
+        2019), section 3, for the bound. https://arxiv.org/abs/1907.02392
+
+    Args:
+        t: Output of a branch, of twice the size of a stream along `split_dim`.
+        split_dim: The dimension of the halves.
+        clamp: The bound $c$ of the log-scale.
+
+    Returns:
+        Scale and shift, each of half the size of `t` along `split_dim`.
+
+    Example:
+        >>> bounded_adapter(torch.tensor([[1e9, 5.0]]))
+        (tensor([[7.3891]]), tensor([[5.]]))
+    """
+    log_scale, shift = t.chunk(2, split_dim)
+    return torch.exp(clamp * 2 / torch.pi * torch.atan(log_scale / clamp)), shift
+
+
 class AffineCoupling(Coupling):
     r"""Creates an affine coupling.
 
@@ -66,8 +94,9 @@ class AffineCoupling(Coupling):
         g: Module that reads the first.
         split_dim: Dimension along which a single input tensor is split in two equal streams.
         adapter: Maps a branch's output to scale and shift, each of the shape of a stream:
-            `exp_adapter` for branches that keep the shape, `sigmoid_adapter` for branches that
-            double the size of `split_dim`, or a function of your own.
+            `exp_adapter` for branches that keep the shape, `sigmoid_adapter` or `bounded_adapter`
+            for branches that double the size of `split_dim`, or a function of your own. Bind their
+            options by `functools.partial`.
 
     Example:
         >>> import torch

@@ -229,15 +229,14 @@ class Replay:
                 return run_branch(call, x.view_as(x), kwargs)
 
     def _restore_flags(self, undo: list[Callable[[], object]]) -> None:
-        # Through __dict__, because nn.Module.__setattr__ takes microseconds.
         for module, flag in zip(self._modules, self._training, strict=True):
-            own = module.__dict__
-            if own["training"] != flag:
-                undo.append(partial(own.__setitem__, "training", own["training"]))
-                own["training"] = flag
-            if flag and type(module) in _BATCH_NORMS and own["track_running_stats"]:
-                undo.append(partial(own.__setitem__, "track_running_stats", True))
-                own["track_running_stats"] = False
+            if module.training != flag:
+                undo.append(partial(setattr, module, "training", module.training))
+                module.training = flag
+            if flag and type(module) in _BATCH_NORMS and module.track_running_stats:
+                # Through __dict__, because nn.Module.__setattr__ takes microseconds.
+                undo.append(partial(module.__dict__.__setitem__, "track_running_stats", True))
+                module.__dict__["track_running_stats"] = False
 
 
 def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

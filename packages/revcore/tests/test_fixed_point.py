@@ -1,0 +1,198 @@
+"""The fixed-point coupling: the same bits back, the same bits as stored, and no silent overflow."""
+
+import copy
+
+import pytest
+import torch
+from cases import mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import revcore
+
+BITS = 16
+
+
+def on_grid(x, bits=BITS):
+    return torch.round(x * 2.0**bits) / 2.0**bits
+
+
+def make_chain(branch, depth, fraction_bits=BITS):
+    couplings = (
+        revcore.FixedPointCoupling(branch(), branch(), fraction_bits=fraction_bits)
+        for _ in range(depth)
+    )
+    return revcore.ReversibleSequential(*couplings)
+
+
+def same_bits(a, b):
+    """Also tells 0.0 from -0.0."""
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int64
+    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))
+
+
+class LowPrecision(nn.Module):
+    """A branch whose arithmetic is as coarse as it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return 5 * torch.tanh(self.linear(x.bfloat16()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 18)),
+    scale=st.floats(1e-6, 3.0),
+    seed=st.integers(0, 2**31),
+    low=st.booleans(),
+)
+def test_inverse_gives_the_same_bits(size, scale, seed, low, device):
+    depth, bits = size
+    torch.manual_seed(seed)
+    chain = make_chain(LowPrecision if low else lambda: mlp(4, 4), depth, bits)
+    chain.to(device)
+    x = on_grid(scale * torch.randn(5, 8, device=device), bits) + 0.0
+    with torch.no_grad():
+        y = chain(x)
+        assert torch.equal(y, on_grid(y, bits))
+        assert torch.equal(chain.inverse(y), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_input_is_rounded_to_the_grid_in_both_modes(dtype, device):
+    chain = make_chain(lambda: mlp(4, 4), 2).to(device, dtype)
+    x = torch.randn(5, 8, device=device, dtype=dtype)
+    assert not torch.equal(x, on_grid(x))
+    for reversing in (True, False):
+        revcore.set_reversing(chain, reversing)
+        assert same_bits(chain(x).detach(), chain(on_grid(x)).detach())
+        assert torch.equal(chain.inverse(chain(x)), on_grid(x))
+
+
+def conv_net(device):
+    def branch():
+        return nn.Sequential(
+            nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(0.1)
+        )
+
+    torch.manual_seed(0)
+    chain = make_chain(branch, 4)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), chain, nn.Flatten(), nn.Linear(8 * 16, 5)).to(device)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 branches"])
+def test_training_ends_with_the_same_bits_as_stored(autocast, device):
+    class Float(nn.Module):
+        def forward(self, x):
+            return x.float()
+
+    nets = [conv_net(device) for _ in range(2)]
+    for net in nets:
+        net.insert(1, Float())
+    revcore.set_reversing(nets[1], False)
+    for net in nets:
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+        torch.manual_seed(1)
+        for _ in range(200):
+            x = torch.randn(4, 3, 6, 6, device=device)
+            labels = x[:, 0, 0].argmax(1) % 5
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                loss = nn.functional.cross_entropy(net(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    ours, stored = (net.state_dict() for net in nets)
+    for name, value in stored.items():
+        assert torch.equal(ours[name], value), name
+    fresh = conv_net(device).state_dict()
+    assert not torch.equal(fresh["1.0.f.2.weight"], ours["2.0.f.2.weight"])
+
+
+def test_gradients_are_those_of_the_additive_coupling(device):
+    """Where rounding changes nothing: on inputs and branch outputs that are on the grid."""
+    f, g = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    for branch in (f, g):
+        branch.weight.data.copy_(torch.randint(-3, 3, (4, 4)))
+    fixed = revcore.ReversibleBlock(f, g, "fixed_point").to(device)
+    additive = copy.deepcopy(revcore.ReversibleBlock(f, g)).to(device)
+    x = torch.randint(-9, 9, (5, 8), device=device).float().requires_grad_()
+    fixed(x).square().sum().backward()
+    grad, x.grad = x.grad, None
+    additive(x).square().sum().backward()
+    assert torch.equal(grad, x.grad)
+    for a, b in zip(fixed.parameters(), additive.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+@pytest.mark.parametrize("cause", ["input", "branch", "not finite"])
+def test_overflow_is_an_error(reversing, cause, device):
+    chain = make_chain(lambda: nn.Linear(4, 4), 3).to(device)
+    revcore.set_reversing(chain, reversing)
+    x = torch.ones(2, 8, device=device)
+    if cause == "input":
+        x[1, 3] = 300.0
+    else:
+        chain[1].g.bias.data[2] = 300.0 if cause == "branch" else float("nan")
+    with pytest.raises(OverflowError, match=r"reached (3\d\d|nan).*must stay below 256"):
+        chain(x)
+    # Halved in the next step, an overflow is still one.
+    if cause == "branch":
+        chain[2].g.bias.data[2] = -300.0
+        with pytest.raises(OverflowError):
+            chain(x)
+
+
+def test_dtypes_without_a_grid_are_refused():
+    chain = make_chain(lambda: nn.Linear(4, 4), 1)
+    with pytest.raises(TypeError, match=r"float32 or float64, got torch.bfloat16: call x.float()"):
+        chain(torch.randn(2, 8, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [0, 53, -1])
+def test_fraction_bits_out_of_range(bits):
+    with pytest.raises(ValueError, match="fraction_bits"):
+        revcore.FixedPointCoupling(nn.Identity(), nn.Identity(), fraction_bits=bits)
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+def test_one_chain_has_one_grid(reversing):
+    def block(coupling):
+        return revcore.ReversibleBlock(nn.Linear(4, 4), coupling=coupling)
+
+    def fine(f, g, split_dim=1):
+        return revcore.FixedPointCoupling(f, g, split_dim, fraction_bits=18)
+
+    for couplings in (
+        ["fixed_point", "additive"],
+        ["affine", "fixed_point"],
+        ["fixed_point", fine],
+    ):
+        chain = revcore.ReversibleSequential(*map(block, couplings))
+        revcore.set_reversing(chain, reversing)
+        with pytest.raises(ValueError, match="mixes fixed-point couplings"):
+            chain(torch.randn(2, 8))
+
+
+def test_compiled_branches_run_the_same_graph_both_times(device):
+    """Compiled with and without gradients, code may differ in the last bit."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(16, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 16), nn.Tanh()
+    )
+    branches = [torch.compile(copy.deepcopy(net)) for _ in range(4)]
+    chain = revcore.ReversibleSequential(
+        *(revcore.FixedPointCoupling(f, g) for f, g in zip(*[iter(branches)] * 2, strict=True))
+    ).to(device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    results = []
+    for module in (chain, twin):
+        x = torch.linspace(-1, 1, 6 * 32, device=device).view(6, 32).requires_grad_()
+        module(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in module.parameters())])
+    for ours, stored in zip(*results, strict=True):
+        assert torch.equal(ours, stored)
