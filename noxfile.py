@@ -181,6 +181,18 @@ def tests_torch(session: nox.Session, release: str) -> None:
 
 
 @nox.session(requires=["build", "torch"], default=False)
+def conformance(session: nox.Session) -> None:
+    """Ask the same questions of ours and of other libraries; write the record and the tables."""
+    install(session, "revcore", "numpy")
+    # What they import is torch and numpy; what they declare would bring another torch.
+    session.install("--no-deps", "memcnn", "revtorch", "revlib")
+    suite = "packages/revcore/conformance"
+    arguments = session.posargs or ("--output", f"{suite}/results/cpu.json", "--check")
+    session.run("python", suite, *arguments)
+    session.run("python", suite, "--render")
+
+
+@nox.session(requires=["build", "torch"], default=False)
 def coverage(session: nox.Session) -> None:
     """Measure which lines of the packages their tests run."""
     install(session, EVERYTHING, *TEST_TOOLS, "coverage>=7.10")
