@@ -274,7 +274,9 @@ def test_random_numbers_drawn_by_another_thread(device, passes, p):
     twin = revcore.set_reversing(copy.deepcopy(block), False)
     x = torch.randn(2, 8, device=device)
     loss = block(x).sum()
-    if p and device.type == "cpu":
+    # On a GPU, dropout draws from another generator than that thread. Only a repetition that cannot
+    # tell whose the draws were is refused.
+    if p and (device.type == "cpu" or passes == "both"):
         with pytest.raises(RuntimeError, match="another thread"):
             loss.backward()
         return
