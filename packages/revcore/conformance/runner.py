@@ -1,0 +1,92 @@
+"""Asks each question in a process of its own, which may crash or never end."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+
+from conformance.cases import QUESTIONS
+from conformance.catalog import ADAPTERS
+from conformance.questions import Answer, ask
+from conformance.ranks import PROCESSES
+
+
+class Job(NamedTuple):
+    """One question to one adapter."""
+
+    adapter: str
+    case: str
+    device: str
+
+
+class _Running(NamedTuple):
+    job: Job
+    process: Any
+    connection: Connection
+    deadline: float
+
+
+def run_all(jobs: Sequence[Job], at_once: int, timeout: float) -> Iterator[tuple[Job, Answer]]:
+    """Asks all questions, and yields the answers as they come.
+
+    Args:
+        jobs: The questions.
+        at_once: How many processes run at a time.
+        timeout: Seconds after which a process is ended.
+    """
+    waiting, running = deque(jobs), list[_Running]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running.append(_start(waiting.popleft(), timeout))
+        soonest = min(each.deadline for each in running)
+        wait([each.connection for each in running], max(soonest - time.monotonic(), 0))
+        for each in list(running):
+            late = time.monotonic() > each.deadline
+            if each.connection.poll() or late:
+                running.remove(each)
+                yield each.job, _answer(each, timeout)
+
+
+def _start(job: Job, timeout: float) -> _Running:
+    here, there = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=_work, args=(job, there))
+    process.start()
+    there.close()
+    return _Running(job, process, here, time.monotonic() + timeout)
+
+
+def _answer(running: _Running, timeout: float) -> Answer:
+    process, connection = running.process, running.connection
+    try:
+        if not connection.poll():
+            return Answer("crash", f"no answer within {timeout:.0f} s")
+        answer: Answer = connection.recv()
+    except (EOFError, ConnectionError):
+        process.join()
+        code = process.exitcode
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return Answer("crash", name)
+    finally:
+        if not connection.closed:
+            connection.close()
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return answer
+
+
+def _work(job: Job, connection: Connection) -> None:
+    # Its own torch has had no call yet, so that one case cannot change what another sees.
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    connection.send(ask(QUESTIONS[job.case], ADAPTERS[job.adapter], torch.device(job.device)))
+    connection.close()
