@@ -100,6 +100,7 @@ def tests_revcore(session: nox.Session) -> None:
             session.error(f"{absent} is in the environment that should hold torch alone: {found}")
     session.install(constraints(session, requirement), *TEST_TOOLS)
     run_tests(session, "revcore")
+    session.run("python", "-m", "pytest", "packages/revcore/conformance")
 
 
 @nox.session(name="tests-revmodels", requires=["build", "torch"])

@@ -105,9 +105,7 @@ def main() -> None:
 def measure(pairs: Pairs, width: int, rounds: int, device: torch.device) -> dict[str, float]:
     nets, times = {}, {}
     for way, build in WAYS.items():
-        own = [
-            tuple(copy.deepcopy(branch).to(device) for branch in pair) for pair in pairs
-        ]
+        own = [tuple(copy.deepcopy(branch).to(device) for branch in pair) for pair in pairs]
         nets[way] = build(own)  # type: ignore[arg-type]
         if isinstance(nets[way], nn.Module):
             nets[way].to(device)  # type: ignore[attr-defined]
