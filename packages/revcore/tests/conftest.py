@@ -17,3 +17,5 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _reproducible() -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.deterministic = True
+    # The tensors are so small that threads only wait for each other.
+    torch.set_num_threads(1)
