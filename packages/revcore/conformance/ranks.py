@@ -23,7 +23,7 @@ from conformance.questions import RemoteError, WrongError, first_line
 WORLD = 2
 # Its processes are forked from one that has imported torch and done nothing: a start takes little.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
+PROCESSES.set_forkserver_preload(["torch"])
 
 Work = Callable[..., None]
 

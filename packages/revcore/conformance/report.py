@@ -71,7 +71,8 @@ def _table(record: dict[str, Any], reasons: dict[str, int]) -> list[str]:
         rows.append([f"**{theme}**", *([""] * len(names))])
         for question in questions:
             cells = (_cell(answers[question.name, name], reasons) for name in names)
-            rows.append([question.text.rstrip("."), *cells])
+            mark = " \\*" if question.may_raise else ""
+            rows.append([f"{question.text.rstrip('.')}{mark}", *cells])
     rows.append(["**Counted**", *([""] * len(names))])
     for kind in COUNTED:
         counts = (sum(answers[q.name, name]["answer"] == kind for q in asked) for name in names)
