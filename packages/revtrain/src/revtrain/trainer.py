@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
@@ -28,6 +27,7 @@ from revtrain.plots import plot_curve, plot_memory
 from revtrain.progress import TrainProgress
 from revtrain.provenance import provenance
 from revtrain.run_folder import RunFolder
+from revtrain.step import TrainStep
 from revtrain.sync_batchnorm import synchronize_batchnorm
 
 
@@ -144,6 +144,13 @@ class Trainer:
         self.model, self.optimizer, self.scheduler = accelerator.prepare(
             model, optimizer, scheduler
         )
+        self.step = TrainStep(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            accelerator,
+            label_smoothing=recipe.label_smoothing,
+        )
 
     def run(self) -> Result:
         """Trains, evaluates after each epoch, and writes the run folder."""
@@ -182,7 +189,7 @@ class Trainer:
         self.model.train()
         for step, (x, labels) in enumerate(self._batches(epoch), start=first + 1):
             lr = self.scheduler.get_last_lr()[0]
-            self._step(x, labels, meter)
+            self.step(x, labels, meter)
             seconds = time.perf_counter() - started
             averages = progress.step_done(step, epoch + 1, meter, seconds)
             if averages is not None:
@@ -215,16 +222,6 @@ class Trainer:
         left = self.total_steps - epoch * self.steps_per_epoch
         for _, batch in zip(range(left), self.train_loader, strict=False):
             yield batch
-
-    def _step(self, x: Tensor, labels: Tensor, meter: Meter) -> None:
-        """Takes one optimizer step; nothing in it waits for the device."""
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        meter.update(loss, logits, labels)
 
     def _refuse_non_finite(self, averages: Averages, step: int) -> None:
         if not math.isfinite(averages.loss):

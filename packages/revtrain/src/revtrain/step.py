@@ -1,0 +1,48 @@
+"""One optimizer step; nothing in it waits for the device."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from torch import Tensor, nn
+
+from revtrain.meter import Meter
+
+
+class TrainStep:
+    """Takes optimizer steps with a prepared network.
+
+    Args:
+        model: What `accelerator.prepare` made of the network; so the optimizer and the scheduler.
+        optimizer: Changes the weights.
+        scheduler: Changes the learning rate, once a step.
+        accelerator: Runs the backward pass.
+        label_smoothing: Share of the target that is spread evenly over all classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        scheduler: AcceleratedScheduler,
+        accelerator: Accelerator,
+        *,
+        label_smoothing: float,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._accelerator = accelerator
+        self._label_smoothing = label_smoothing
+
+    def __call__(self, x: Tensor, labels: Tensor, meter: Meter) -> None:
+        """Takes one step on this process's slice of a batch, and adds its loss to `meter`."""
+        logits = self._model(x)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
+        self._accelerator.backward(loss)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        meter.update(loss, logits, labels)
