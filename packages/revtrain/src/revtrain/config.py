@@ -74,6 +74,13 @@ class TrainConfig:
     """Run folder. Default: runs/DATA-MODEL-RECIPE-seedSEED."""
     fresh: bool = False
     """Replace the run that the run folder holds."""
+    resume: bool = False
+    """Go on with the run that the run folder holds, to the same result as if it had not been
+    stopped; start it if there is none."""
+    save_every: int | None = None
+    """Steps between two checkpoints. Default: the steps of an epoch."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time, on a GPU too. Some are slower."""
     memory: Annotated[bool, Parameter(negative="--no-memory")] = True
     """At the end, measure activation memory and time per step against stored activations, over
     depth. For the reversible networks."""
@@ -83,6 +90,10 @@ class TrainConfig:
             object.__setattr__(self, "recipe", "digits" if self.data == "digits" else "fast")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes (={self.num_classes}) must be at least 1")
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"save_every (={self.save_every}) must be at least 1")
+        if self.resume and self.fresh:
+            raise ValueError("resume and fresh: give one of them")
         if self.seed < 0:
             raise ValueError(f"seed (={self.seed}) must be at least 0")
         for name, value, choices in (

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 
+from revtrain.orphan import end_with_launcher
+
 
 class LaunchError(RuntimeError):
     """Fewer processes run than were asked for."""
@@ -28,6 +30,7 @@ def make_accelerator(*, cpu: bool, mixed_precision: str | None) -> Accelerator:
         LaunchError: The launcher started, or Accelerate found, fewer processes than asked for.
         ValueError: The device cannot do this precision.
     """
+    end_with_launcher()
     # Accelerate keeps device and precision for the life of the process, and a second run from
     # Python may want others; there is no public way to say so. A process group stays.
     AcceleratorState._reset_state(
