@@ -52,10 +52,7 @@ def whole(tmp_path_factory):
         key = str(options)
         if key not in done:
             out = tmp_path_factory.mktemp("whole") / "run"
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
             revtrain.train(revtrain.TrainConfig(**{**TINY, **options, "out": out}))
-            torch.set_num_threads(threads)
             done[key] = out
         return done[key]
 
