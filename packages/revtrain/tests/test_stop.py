@@ -107,7 +107,7 @@ def test_two_processes_killed_and_stopped(whole, tmp_path):
 
 
 def test_no_process_outlives_its_launcher(tmp_path):
-    """`accelerate launch` dies of SIGTERM and tells nobody; a launcher may be killed, too."""
+    """`accelerate launch` dies of SIGTERM and tells nobody, so the trainer looks after it."""
     out = tmp_path / "one"
     run = Started(ONE, out)
     trainers = run.wait_for_checkpoint()
@@ -117,28 +117,23 @@ def test_no_process_outlives_its_launcher(tmp_path):
     assert status == -signal.SIGTERM
     assert f"stopped by SIGTERM at step {last_step(out)} of 42, saved" in err
 
-    # What two processes began goes on in one: the same samples, the same curve but for rounding.
-    run = Started(TWO, tmp_path / "two")
+
+def test_another_number_of_processes_goes_on(whole, tmp_path):
+    """Torchrun is killed, one process goes on: the same samples, and curve but for rounding."""
+    out = tmp_path / "run"
+    run = Started(TWO, out)
     trainers = run.wait_for_checkpoint()
     run.launcher.kill()
     status, err = run.wait_for_end(trainers)
     assert status == -signal.SIGKILL
-    assert "stopped by SIGTERM" in err
+    assert f"stopped by SIGTERM at step {last_step(out)} of 42, saved" in err
 
-
-def test_another_number_of_processes_goes_on(whole, tmp_path):
-    """The same samples, so the same curve but for rounding."""
-    out = tmp_path / "run"
-    run = Started(TWO, out)
-    trainers = run.wait_for_checkpoint()
-    trainers[0].terminate()
-    run.wait_for_end(trainers)
-    assert last_step(out) < 42
     done = launch(*TRAIN, "--out", out, "--resume", **ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stderr
+    names = ("step", "train_loss", "test_loss", "lr")
     curves = [
-        torch.tensor([[value for _, value in sorted(r.items())] for r in metrics(folder)])
+        torch.tensor([[record[name] for name in names] for record in metrics(folder)])
         for folder in (out, whole)
     ]
-    torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*curves, rtol=2e-3, atol=1e-3)
