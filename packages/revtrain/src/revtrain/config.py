@@ -61,6 +61,10 @@ class TrainConfig:
     """Precision inside of the network; weights and streams stay float32. Default: what `accelerate
     config` or `accelerate launch` says, else no. On NVIDIA GPUs convolutions in float32 use TF32,
     as is PyTorch's default."""
+    accumulate: int | None = None
+    """Parts that each batch goes through the network in, one after the other, where it is too large
+    for the device. The batch stays as large; batch normalization sees its parts. Default: what the
+    environment variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS says, else 1."""
     cpu: bool = False
     """Train on the CPU even where there is an accelerator."""
     data_dir: Path | None = None
@@ -92,6 +96,8 @@ class TrainConfig:
             raise ValueError(f"num_classes (={self.num_classes}) must be at least 1")
         if self.save_every is not None and self.save_every < 1:
             raise ValueError(f"save_every (={self.save_every}) must be at least 1")
+        if self.accumulate is not None and self.accumulate < 1:
+            raise ValueError(f"accumulate (={self.accumulate}) must be at least 1")
         if self.resume and self.fresh:
             raise ValueError("resume and fresh: give one of them")
         if self.seed < 0:

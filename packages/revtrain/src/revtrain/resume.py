@@ -18,7 +18,7 @@ _IMMATERIAL = {
 _RESOLVED = {
     *("recipe", "epochs", "batch_size", "lr"),
     *("model", "blocks", "channels", "num_classes"),
-    *("cpu", "mixed_precision"),
+    *("cpu", "mixed_precision", "accumulate"),
 }
 
 
@@ -75,6 +75,7 @@ def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
         **description["net"],
         "device": hardware["device"],
         "mixed_precision": hardware["mixed_precision"],
+        "accumulate": hardware["accumulate"],
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain

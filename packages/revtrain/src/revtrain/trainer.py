@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
 
+from revtrain.accumulate import refuse_unequal_parts
 from revtrain.checkpoints import CheckpointError, Checkpoints
 from revtrain.config import TrainConfig
 from revtrain.data import load_images, make_loader, refuse_more_classes
@@ -100,8 +101,11 @@ class Trainer:
         if not (config.fresh or config.resume):
             self.folder.refuse_old_run()
         self.accelerator = accelerator = make_accelerator(
-            cpu=config.cpu, mixed_precision=config.mixed_precision
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            accumulate=config.accumulate,
         )
+        refuse_unequal_parts(recipe.batch_size, accelerator)
         device = accelerator.device
 
         train_split, self.test_split = ("fit", "val") if config.val else ("train", "test")
