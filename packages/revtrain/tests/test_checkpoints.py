@@ -11,6 +11,7 @@ from tiny import TINY, as_flags
 
 import revtrain
 from revtrain.manifest import DamagedError, check_manifest
+from revtrain.trainer import Trainer
 
 
 def cut(folder):
@@ -54,13 +55,13 @@ def halves(tmp_path_factory):
     revtrain.train(revtrain.TrainConfig(**options, out=root / "whole"))
 
     def stopped(out):
-        measure = revtrain.trainer.measure_accuracy
-        revtrain.trainer.measure_accuracy = None  # a TypeError stands for the end of the process
+        evaluate = Trainer._evaluate
+        Trainer._evaluate = None  # a TypeError stands for the end of the process
         try:
             with pytest.raises(TypeError):
                 revtrain.train(revtrain.TrainConfig(**options, out=out))
         finally:
-            revtrain.trainer.measure_accuracy = measure
+            Trainer._evaluate = evaluate
         return options
 
     return root / "whole", stopped

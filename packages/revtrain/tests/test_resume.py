@@ -11,6 +11,7 @@ from tiny import TINY, as_flags
 
 import revtrain
 from revtrain.step import TrainStep
+from revtrain.trainer import Trainer
 
 # Seven steps an epoch, as in all tests with the tiny net.
 STEPS = 14
@@ -118,14 +119,14 @@ def test_other_choices_resume_too(train, stop_at, whole, tmp_path, options):
 
 
 def test_a_signal_in_evaluation(train, whole, tmp_path, monkeypatch):
-    measure = revtrain.trainer.measure_accuracy
+    evaluate = Trainer._evaluate
 
-    def interrupted(*arguments, **options):
-        monkeypatch.setattr("revtrain.trainer.measure_accuracy", measure)
+    def interrupted(*arguments):
+        monkeypatch.setattr(Trainer, "_evaluate", evaluate)
         signal.raise_signal(signal.SIGTERM)
-        return measure(*arguments, **options)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr("revtrain.trainer.measure_accuracy", interrupted)
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
     with pytest.raises(revtrain.Interrupted) as stopped:
         train()
     assert stopped.value.step == 7

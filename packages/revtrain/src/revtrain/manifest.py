@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Literal
 
-from revtrain.files import read_json, sync, write_json
+from revtrain.files import sync, write_json
 
 _NAME = "manifest.json"
 
@@ -50,7 +51,7 @@ def check_manifest(folder: Path) -> None:
     try:
         files = {
             str(name): (int(entry["bytes"]), str(entry["sha256"]))
-            for name, entry in read_json(path)["files"].items()
+            for name, entry in json.loads(path.read_text(encoding="utf-8"))["files"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise DamagedError(folder, "unreadable manifest", str(error)) from error

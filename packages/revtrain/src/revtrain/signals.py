@@ -53,13 +53,14 @@ class StopSignals:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopSignals:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
         # Python lets no other thread set handlers; what else runs there must look after signals.
         if threading.current_thread() is threading.main_thread():
             for name in _SIGNALS:
                 if signal.getsignal(name) is not signal.SIG_IGN:  # as in a shell's background
                     self._old[name] = signal.signal(name, self._hear)
+        # After the handlers: nobody gets here before all have them.
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
         return self
 
     def __exit__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -250,15 +250,7 @@ class Trainer:
         seconds = state.seconds = time.perf_counter() - started
         steps = state.step - epoch * self.steps_per_epoch
         self._refuse_non_finite(averages, state.step)
-        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
-        # of batches here.
-        net = accelerator.unwrap_model(self.model)
-        tested = measure_accuracy(
-            net,
-            self.test_loader,
-            accelerator,
-            after_batch=lambda: self._stop_if_told(signals, meter, progress),
-        )
+        tested = self._evaluate(lambda: self._stop_if_told(signals, meter, progress))
         record = {
             "epoch": epoch + 1,
             "step": state.step,
@@ -282,6 +274,12 @@ class Trainer:
                 progress.say(f"cannot write {self.folder.metrics}: {error}")
         if not self.config.save_every or state.step == self.total_steps:
             self._save(None, progress)
+
+    def _evaluate(self, after_batch: Callable[[], None]) -> Averages:
+        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
+        # of batches here.
+        net = self.accelerator.unwrap_model(self.model)
+        return measure_accuracy(net, self.test_loader, self.accelerator, after_batch)
 
     def _stop_if_told(self, signals: StopSignals, meter: Meter, progress: TrainProgress) -> None:
         """Saves and stops the run, on all processes, if one of them got a signal."""
