@@ -21,10 +21,10 @@ from torch import Tensor
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
-from revcore.versions import version
 from revcore.step import Step
 from revcore.streams import Streams, join, split
 from revcore.tape import Tape
+from revcore.versions import version
 
 
 class _Call:

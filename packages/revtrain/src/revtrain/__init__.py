@@ -6,8 +6,9 @@ from revtrain.evaluation import Evaluation, evaluate
 from revtrain.memory import DepthCost, StepCost, compare_memory
 from revtrain.net import NetSpec
 from revtrain.recipe import Recipe, list_recipes, load_recipe
+from revtrain.result import Result
 from revtrain.signals import Interrupted
-from revtrain.trainer import NonFiniteLossError, Result, train
+from revtrain.trainer import NonFiniteLossError, train
 
 __all__ = [
     "CheckpointError",

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from revtrain.memory import DepthCost
-from revtrain.trainer import Result
+from revtrain.result import Result
 
 
 def print_result(result: Result) -> None:

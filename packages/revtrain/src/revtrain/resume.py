@@ -10,13 +10,13 @@ from typing import Any
 # Fields of the configuration that leave the result as it is. All others, those to come included,
 # are taken to change it.
 _IMMATERIAL = {
-    *("data_dir", "download", "verify"),
-    *("out", "fresh", "resume", "save_every", "memory"),
+    *("data_dir", "download", "mirror", "verify"),
+    *("out", "fresh", "resume", "save_every", "memory", "log_with"),
 }
 # Fields that are compared as what becomes of them: the recipe's values, the network's sizes, the
 # device and its precision.
 _RESOLVED = {
-    *("recipe", "epochs", "batch_size", "lr"),
+    *("recipe", "epochs", "batch_size", "lr", "overrides"),
     *("model", "blocks", "channels", "num_classes"),
     *("cpu", "mixed_precision", "accumulate"),
 }

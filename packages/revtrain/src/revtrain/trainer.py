@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from revtrain.peak import peak_memory, reset_peak_memory
 from revtrain.plots import plot_curve, plot_memory
 from revtrain.progress import TrainProgress
 from revtrain.provenance import provenance
+from revtrain.result import Result, summarize
 from revtrain.resume import RunState, refuse_other_run
 from revtrain.run_folder import RunFolder
 from revtrain.signals import Interrupted, StopSignals
@@ -39,23 +40,6 @@ from revtrain.sync_batchnorm import synchronize_batchnorm
 
 class NonFiniteLossError(RuntimeError):
     """The loss is infinite or not a number, so there is nothing left to train."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training run ends with.
-
-    Attributes:
-        run_folder: Where its files are.
-        summary: What `summary.json` holds: accuracy, loss, time and memory.
-        metrics: One record for each epoch, as `metrics.jsonl` holds them.
-        memory: Memory and time over depth, reversing and stored; empty if not asked for.
-    """
-
-    run_folder: Path
-    summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    memory: list[DepthCost]
 
 
 def train(config: TrainConfig) -> Result:
@@ -170,7 +154,8 @@ class Trainer:
         self._resumed: Path | None = None
         if config.resume and self.folder.started:
             refuse_other_run(self.folder.read_config(), self._description())
-            self._resumed = self.checkpoints.newest()
+            if not self.folder.finished:
+                self._resumed = self.checkpoints.newest()
 
     def run(self) -> Result:
         """Trains, evaluates after each epoch, and writes the run folder.
@@ -199,8 +184,15 @@ class Trainer:
             if self._resumed is not None:
                 progress.say(f"going on after step {state.step} of {self.total_steps}")
             for epoch in range(len(state.records), self.epochs):
-                self._epoch(epoch, progress, signals)
-        summary = self._summary(state.records)
+                record = self._epoch(epoch, progress, signals)
+                self._epoch_done(record, progress)
+        summary = summarize(
+            self.config,
+            state.records,
+            batch_size=self.recipe.batch_size,
+            parameters=self.parameters,
+            seconds=time.perf_counter() - self.started,
+        )
         memory: list[DepthCost] = []
         if main:
             weights = accelerator.unwrap_model(self.model).state_dict()
@@ -225,8 +217,8 @@ class Trainer:
             self.folder.go_on(self.state.step, provenance(self.accelerator))
             self.folder.write_metrics(self.state.records)
 
-    def _epoch(self, epoch: int, progress: TrainProgress, signals: StopSignals) -> None:
-        """Trains what is left of an epoch and evaluates."""
+    def _epoch(self, epoch: int, progress: TrainProgress, signals: StopSignals) -> dict[str, Any]:
+        """Trains what is left of an epoch and evaluates; returns its record."""
         accelerator, device, state = self.accelerator, self.accelerator.device, self.state
         reset_peak_memory(device)
         meter = Meter(device)
@@ -251,7 +243,7 @@ class Trainer:
         steps = state.step - epoch * self.steps_per_epoch
         self._refuse_non_finite(averages, state.step)
         tested = self._evaluate(lambda: self._stop_if_told(signals, meter, progress))
-        record = {
+        return {
             "epoch": epoch + 1,
             "step": state.step,
             "train_loss": averages.loss,
@@ -264,10 +256,14 @@ class Trainer:
             "images_per_second": averages.images / seconds,
             "peak_memory_bytes": peak_memory(device),
         }
+
+    def _epoch_done(self, record: dict[str, Any], progress: TrainProgress) -> None:
+        """Writes a record and, unless other steps were asked for, a checkpoint."""
+        state = self.state
         state.records.append(record)
         state.seconds, state.sums = 0.0, []
         progress.epoch_done(record, self.test_split)
-        if accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             try:
                 self.folder.write_metrics(state.records)
             except OSError as error:  # all of them are written again after the next epoch
@@ -334,29 +330,6 @@ class Trainer:
             "parameters": self.parameters,
             "steps": self.total_steps,
             **provenance(self.accelerator),
-        }
-
-    def _summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns what `summary.json` holds."""
-        last = metrics[-1]
-        # The first epoch pays for starting up; the median of the others is what a step takes.
-        usual = sorted(record["step_seconds"] for record in metrics[1:] or metrics)
-        step_seconds = usual[len(usual) // 2]
-        peaks = [record["peak_memory_bytes"] for record in metrics]
-        return {
-            "data": self.config.data,
-            "model": self.config.model,
-            "recipe": self.config.recipe,
-            "seed": self.config.seed,
-            **{key: value for key, value in last.items() if key.endswith(("_loss", "_accuracy"))},
-            "parameters": self.parameters,
-            "epochs": self.epochs,
-            "steps": self.total_steps,
-            "step_seconds": step_seconds,
-            "images_per_second": self.recipe.batch_size / step_seconds,
-            "peak_memory_bytes": max(peaks) if None not in peaks else None,
-            "train_seconds": sum(record["seconds"] for record in metrics),
-            "seconds": time.perf_counter() - self.started,
         }
 
     def _compare_memory(self) -> list[DepthCost]:
