@@ -4,8 +4,9 @@ from revtrain.config import TrainConfig
 from revtrain.evaluation import Evaluation, evaluate
 from revtrain.memory import DepthCost, StepCost, compare_memory
 from revtrain.net import NetSpec
+from revtrain.nonfinite import NonFiniteLossError
 from revtrain.recipe import Recipe, list_recipes, load_recipe
-from revtrain.trainer import NonFiniteLossError, Result, train
+from revtrain.trainer import Result, train
 
 __all__ = [
     "DepthCost",

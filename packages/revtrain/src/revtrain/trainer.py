@@ -19,7 +19,7 @@ from revtrain.evaluation import BATCH_SIZE, measure_accuracy
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
 from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json
-from revtrain.meter import Averages, Meter
+from revtrain.meter import Meter
 from revtrain.net import NetSpec, to_device
 from revtrain.optim import make_optimizer, make_scheduler
 from revtrain.peak import peak_memory, reset_peak_memory
@@ -29,10 +29,6 @@ from revtrain.provenance import provenance
 from revtrain.run_folder import RunFolder
 from revtrain.step import TrainStep
 from revtrain.sync_batchnorm import synchronize_batchnorm
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is infinite or not a number, so there is nothing left to train."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def train(config: TrainConfig) -> Result:
             errors of this kind it is raised before anything is written.
         FileExistsError: The run folder holds a run, and `config.fresh` is not set.
         revdata.DataError: The data are missing or damaged.
-        NonFiniteLossError: The loss is no longer a number.
+        NonFiniteLossError: The loss or a gradient is no longer a number.
     """
     return Trainer(config).run()
 
@@ -150,6 +146,7 @@ class Trainer:
             self.scheduler,
             accelerator,
             label_smoothing=recipe.label_smoothing,
+            graph=config.graph,
         )
 
     def run(self) -> Result:
@@ -191,13 +188,11 @@ class Trainer:
             lr = self.scheduler.get_last_lr()[0]
             self.step(x, labels, meter)
             seconds = time.perf_counter() - started
-            averages = progress.step_done(step, epoch + 1, meter, seconds)
-            if averages is not None:
-                self._refuse_non_finite(averages, step)
+            progress.step_done(step, epoch + 1, meter, seconds)
+        self.step.check()
         averages = meter.read(accelerator)  # waits for the device, so the time is right
         seconds = time.perf_counter() - started
         steps = min(self.steps_per_epoch, self.total_steps - first)
-        self._refuse_non_finite(averages, first + steps)
         # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
         # of batches here.
         net = accelerator.unwrap_model(self.model)
@@ -213,7 +208,7 @@ class Trainer:
             "seconds": seconds,
             "step_seconds": seconds / steps,
             "images_per_second": averages.images / seconds,
-            "peak_memory_bytes": peak_memory(device),
+            "peak_memory_bytes": peak_memory(device, self.step.peak_bytes),
         }
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -222,18 +217,6 @@ class Trainer:
         left = self.total_steps - epoch * self.steps_per_epoch
         for _, batch in zip(range(left), self.train_loader, strict=False):
             yield batch
-
-    def _refuse_non_finite(self, averages: Averages, step: int) -> None:
-        if not math.isfinite(averages.loss):
-            raise NonFiniteLossError(
-                f"the loss is {averages.loss} by step {step} of {self.total_steps}: lower the "
-                f"learning rate (--lr, now {self.recipe.lr:g})"
-                + (
-                    " or train without --mixed-precision"
-                    if self.accelerator.mixed_precision != "no"
-                    else ""
-                )
-            )
 
     def _description(self) -> dict[str, Any]:
         """Returns what `config.json` holds."""
