@@ -190,7 +190,7 @@ def measure(
         for row, step in list(running):
             try:
                 row.step_ms += run(step, x, labels, _STEPS_PER_ROUND)
-            except Exception as error:  # noqa: BLE001 - out of memory, say
+            except Exception as error:  # noqa: BLE001, PERF203 - out of memory, say
                 row.error = explain(error)
                 running.remove((row, step))
         rounds += 1

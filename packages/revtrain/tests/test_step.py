@@ -248,3 +248,14 @@ def test_float16_that_stays_bad_is_an_error():
         run.take(x * math.nan, labels)
     with pytest.raises(revtrain.NonFiniteLossError, match="step 1, on rank 0"):
         run.take(x, labels)
+
+
+@needs_cuda
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_with_graphs_has_the_loss_curve_of_one_without(train, precision):
+    options = {"cpu": False, "mixed_precision": precision, "batch_size": 100}
+    one, other = (train(out=str(graph), graph=graph, **options) for graph in (True, False))
+    keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
+    curves = [[[record[key] for key in keys] for record in run.metrics] for run in (one, other)]
+    assert curves[0] == curves[1]

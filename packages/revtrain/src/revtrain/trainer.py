@@ -15,7 +15,7 @@ from torch import Tensor
 
 from revtrain.config import TrainConfig
 from revtrain.data import load_images, make_loader, refuse_more_classes
-from revtrain.evaluation import BATCH_SIZE, measure_accuracy
+from revtrain.evaluation import BATCH_SIZE, Evaluator
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
 from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json
@@ -148,6 +148,10 @@ class Trainer:
             label_smoothing=recipe.label_smoothing,
             graph=config.graph,
         )
+        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
+        # of batches here.
+        net = accelerator.unwrap_model(self.model)
+        self.evaluator = Evaluator(net, accelerator, graph=config.graph)
 
     def run(self) -> Result:
         """Trains, evaluates after each epoch, and writes the run folder."""
@@ -193,10 +197,7 @@ class Trainer:
         averages = meter.read(accelerator)  # waits for the device, so the time is right
         seconds = time.perf_counter() - started
         steps = min(self.steps_per_epoch, self.total_steps - first)
-        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
-        # of batches here.
-        net = accelerator.unwrap_model(self.model)
-        tested = measure_accuracy(net, self.test_loader, accelerator)
+        tested = self.evaluator(self.test_loader)
         return {
             "epoch": epoch + 1,
             "step": first + steps,
@@ -208,7 +209,9 @@ class Trainer:
             "seconds": seconds,
             "step_seconds": seconds / steps,
             "images_per_second": averages.images / seconds,
-            "peak_memory_bytes": peak_memory(device, self.step.peak_bytes),
+            "peak_memory_bytes": peak_memory(
+                device, self.step.peak_bytes, self.evaluator.peak_bytes
+            ),
         }
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
