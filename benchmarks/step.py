@@ -38,9 +38,7 @@ from revtrain.provenance import provenance
 from revtrain.recipe import Recipe
 from revtrain.step import TrainStep
 
-_RECIPE = Recipe(
-    batch_size=1, lr=1e-3, schedule="steps", epochs=1, nesterov=True, weight_decay=5e-4
-)
+RECIPE = Recipe(batch_size=1, lr=1e-3, schedule="steps", epochs=1, nesterov=True, weight_decay=5e-4)
 _STEPS_PER_ROUND = 12
 _LEAST_ROUNDS = 2
 _WARM_UP = 5  # three steps before the capture, the capture, one more
@@ -163,8 +161,8 @@ def measure(
                 raise ModuleNotFoundError(way.absent)
             net = to_device(way.build(spec), device)
             modes[name] = block_modes(net)
-            optimizer = make_optimizer(net, _RECIPE)
-            scheduler = make_scheduler(optimizer, _RECIPE, 1)
+            optimizer = make_optimizer(net, RECIPE)
+            scheduler = make_scheduler(optimizer, RECIPE, 1)
             prepared = accelerator.prepare(net, optimizer, scheduler)
             kept, peak = memory(prepared[0], x, labels, way)
         except Exception as error:  # noqa: BLE001 - a peer may fail in any way; the row says how
@@ -175,7 +173,7 @@ def measure(
             rows.append(row)
             try:
                 step = TrainStep(*prepared, accelerator, label_smoothing=0.0, graph=graph)
-                run(step, x, labels, _WARM_UP)
+                warm_up(step, x, labels)
                 if graph and not step.captured:
                     raise RuntimeError(f"no graph: {step.why_no_graph}")
             except Exception as error:  # noqa: BLE001
@@ -232,6 +230,11 @@ def memory(net: nn.Module, x: Tensor, labels: Tensor, way: Way) -> tuple[int | N
         return kept, torch.cuda.max_memory_allocated() - before
     finally:
         net.zero_grad(set_to_none=True)
+
+
+def warm_up(step: TrainStep, x: Tensor, labels: Tensor) -> None:
+    """Takes the first steps, up to the graph and once with it."""
+    run(step, x, labels, _WARM_UP)
 
 
 def run(step: TrainStep, x: Tensor, labels: Tensor, count: int) -> list[float]:
