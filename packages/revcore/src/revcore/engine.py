@@ -21,7 +21,7 @@ from torch import Tensor
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
-from revcore.slots import version
+from revcore.versions import version
 from revcore.step import Step
 from revcore.streams import Streams, join, split
 from revcore.tape import Record, Tape
@@ -94,10 +94,10 @@ class _StepNode(torch.autograd.Function):
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         streams = tape.seek(index + 1, retain=retain)
         step, replay = tape.records[index]
-        kept = tape.anchor(index)
-        found, found_leaves = step.backward(replay, streams, kept, grads, ctx.needs_input_grad[2:])
+        needed = ctx.needs_input_grad[2:]
+        found = step.backward(replay, streams, tape.anchor(index), grads, needed)
         tape.leave(index, streams, retain=retain)
-        return (None, None, *found, *found_leaves)
+        return (None, None, *found)
 
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
@@ -142,7 +142,7 @@ def _run(
 def _run_reversed(
     tape: Tape, step: Step, inputs: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> Streams:
-    replay = Replay(step.branch, step.call, kwargs, same_graph=step.grid is not None)
+    replay = Replay(step.branch, step.call, kwargs, step.grid is not None)
     if not tape.records and not any(x.requires_grad for x in (*inputs, *replay.leaves)):
         # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
         return step.apply(partial(_run_frozen, step, kwargs), inputs)

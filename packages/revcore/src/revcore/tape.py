@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from revcore.replay import Replay
-from revcore.slots import version
+from revcore.versions import version
 from revcore.step import Step
 from revcore.streams import Streams
 
@@ -94,6 +94,8 @@ class Tape:
         if self._released:
             raise RuntimeError(_SECOND_TIME)
         cursor, self._cursor = self._cursor, None
+        if cursor is not None and cursor[0] == index:
+            return cursor[1]
         start = len(self.records)
         if self._anchors:
             start = min((i for i in self._anchors if i >= index), default=start)
