@@ -113,7 +113,7 @@ class CapturedCall:
 
     def _capture(self) -> bool:
         """Records the function without running it; tells whether that was possible."""
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         before = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         try:
@@ -121,14 +121,16 @@ class CapturedCall:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self._function(*self._inputs)
         except RuntimeError as error:
-            # Nothing has run yet, so nothing is lost but time.
-            self.why_not = " ".join(str(error).split())
+            # Nothing has run yet, so nothing is lost but time. What ends a capture that has failed
+            # fails, too, and leaves its stream current.
+            torch.cuda.set_stream(here)
+            torch.cuda.synchronize(self._device)
+            self.why_not = " ".join(str(error.__context__ or error).split())
             warnings.warn(
-                f"no CUDA graph can be made, so every step is launched from Python, which is "
+                f"no CUDA graph can be made, so every call is launched from Python, which is "
                 f"slower: {self.why_not}",
                 stacklevel=3,
             )
-            torch.cuda.synchronize(self._device)
             return False
         self.peak_bytes = max(before, torch.cuda.max_memory_allocated(self._device))
         self._graph = graph

@@ -33,7 +33,8 @@ class Guard:
         >>> guard = Guard(nn.BatchNorm1d(2), torch.device("cpu"))
         >>> x, loss = torch.ones(3, 2), torch.tensor(math.nan)
         >>> (x,) = guard.hold(x)
-        >>> found = guard.judge([torch.ones(2) * guard.poison(loss)], [])
+        >>> saved = guard.save_buffers()
+        >>> found = guard.judge([torch.ones(2) * guard.poison(loss)], saved)
         >>> found, guard.bad_steps()
         (tensor(1.), 1)
     """

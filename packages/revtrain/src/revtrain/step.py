@@ -121,6 +121,14 @@ class TrainStep:
 
     def _eager(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The step; returns loss, logits and labels."""
+        try:
+            return self._take(x, labels)
+        except BaseException:
+            # Gradients of a step that was never finished, or never run, must not count.
+            self._optimizer.optimizer.zero_grad()
+            raise
+
+    def _take(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         guard, optimizer = self._guard, self._optimizer
         x, labels = guard.hold(x, labels)
         saved = guard.save_buffers()
