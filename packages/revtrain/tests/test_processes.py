@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, as_flags, launch
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+from tiny import TINY, TORCHRUN, as_flags, launch
 
 
 def curve(folder):
