@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from revtrain.evaluation import BATCH_SIZE, Evaluator
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
 from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json, read_memory
-from revtrain.meter import Meter
+from revtrain.meter import Averages, Meter
 from revtrain.net import NetSpec, to_device
 from revtrain.optim import make_optimizer, make_scheduler
 from revtrain.peak import peak_memory, reset_peak_memory
@@ -249,9 +249,7 @@ class Trainer:
         averages = meter.read(accelerator)  # waits for the device, so the time is right
         seconds = state.seconds = time.perf_counter() - started
         steps = state.step - epoch * self.steps_per_epoch
-        tested = self.evaluator(
-            self.test_loader, lambda: self._stop_if_told(signals, meter, progress)
-        )
+        tested = self._evaluate(lambda: self._stop_if_told(signals, meter, progress))
         record = {
             "epoch": epoch + 1,
             "step": state.step,
@@ -277,6 +275,9 @@ class Trainer:
                 progress.say(f"cannot write {self.folder.metrics}: {error}")
         if not self.config.save_every or state.step == self.total_steps:
             self._save(None, progress)
+
+    def _evaluate(self, after_batch: Callable[[], None]) -> Averages:
+        return self.evaluator(self.test_loader, after_batch)
 
     def _stop_if_told(self, signals: StopSignals, meter: Meter, progress: TrainProgress) -> None:
         """Saves and stops the run, on all processes, if one of them got a signal."""
