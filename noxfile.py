@@ -209,3 +209,14 @@ def coverage(session: nox.Session) -> None:
         run_tests(session, package, "coverage", "run", "-m", "pytest")
     session.run("coverage", "combine")
     session.run("coverage", "report")
+
+
+@nox.session(requires=["build", "torch"], default=False)
+def benchmarks(session: nox.Session) -> None:
+    """Time a training step on the CPU, beside other libraries; arguments after -- replace ours."""
+    install(session, EVERYTHING, "numpy")
+    # What they import is torch and numpy; what they declare would bring another torch.
+    session.install("--no-deps", "memcnn", "revtorch", "revlib")
+    small = ("--cpu", "--blocks", "4", "4", "4", "--channels", "4", "4", "8", "16")
+    small += ("--batch-size", "16", "--image-size", "16", "--seconds", "60")
+    session.run("python", "benchmarks/step.py", *(session.posargs or small))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,24 @@ from typing import Any
 from revtrain.memory import DepthCost, StepCost
 from revtrain.plots import plot_memory
 
+# The better of two, in %: Gomez et al. (2017) and MemCNN (van de Leemput et al., 2019).
+PUBLISHED = {
+    ("cifar10", "resnet32"): (92.74, 92.86),
+    ("cifar10", "resnet110"): (93.99, 93.55),
+    ("cifar10", "resnet164"): (94.57, 94.80),
+    ("cifar10", "revnet38"): (93.14, 92.80),
+    ("cifar10", "revnet110"): (94.02, 94.10),
+    ("cifar10", "revnet164"): (94.56, 94.90),
+    ("cifar100", "resnet32"): (69.10, 69.81),
+    ("cifar100", "resnet110"): (73.30, 72.40),
+    ("cifar100", "resnet164"): (76.79, 76.47),
+    ("cifar100", "revnet38"): (71.17, 69.90),
+    ("cifar100", "revnet110"): (74.00, 73.30),
+    ("cifar100", "revnet164"): (76.39, 76.90),
+}
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "index.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "benchmarks.md"]
 
 
 def main() -> None:
@@ -43,7 +59,15 @@ def main() -> None:
 
 def fill(text: str) -> str:
     """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
-    tables = {"caption": caption, "digits": digits, "runs": runs}
+    tables = {
+        "caption": caption,
+        "digits": digits,
+        "runs": runs,
+        "steps": steps,
+        "batches": batches,
+        "kernels": kernels,
+        "cells": cells,
+    }
 
     def replacement(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
@@ -82,6 +106,114 @@ def runs() -> str:
         " peak memory, hardware",
         rows,
     )
+
+
+def steps() -> str:
+    """Returns what a training step costs, all ways."""
+    parts = []
+    for record in records("step-*.json"):
+        rows = []
+        stored = {
+            (row["precision"], row["launch"]): row["step_ms"]
+            for row in record["rows"]
+            if row["way"] == "stored"
+        }
+        for row in record["rows"]:
+            precision = "float32" if row["precision"] == "no" else row["precision"]
+            if row["error"]:
+                rows.append([row["way"], precision, row["launch"], row["error"], "", "", ""])
+                continue
+            base = stored.get((row["precision"], row["launch"]))
+            rows.append(
+                [
+                    *(row["way"], precision, row["launch"], f"{row['step_ms']:.2f}"),
+                    f"{row['step_ms'] / base:.2f}" if base else "",
+                    *(megabytes(row["kept_bytes"]), megabytes(row["peak_bytes"])),
+                ]
+            )
+        parts.append(
+            f"{title(record)}, batch of {record['batch'][0]}, on {machine(record)}, by "
+            f"`{record['command']}`:\n\n"
+            + table("way, precision, launch, ms, of stored, kept MB, peak MB", rows)
+        )
+    return "\n\n".join(parts) or "No record yet."
+
+
+def batches() -> str:
+    """Returns the largest batches in capped memory."""
+    parts = []
+    for record in records("batch-*.json"):
+        rows = [
+            [row["way"], f"{row['gigabytes']:g}", row["error"], ""]
+            if "error" in row
+            else [
+                *(row["way"], f"{row['gigabytes']:g}", f"{row['batch_size']:,}"),
+                f"{row['images_per_second']:,.0f}",
+            ]
+            for row in record["rows"]
+        ]
+        parts.append(
+            f"{title(record)} on {machine(record)}, by `{record['command']}`:\n\n"
+            + table("way, GB, largest batch, images per second", rows)
+        )
+    return "\n\n".join(parts) or "No record yet."
+
+
+def kernels() -> str:
+    """Returns where the time of a step goes."""
+    parts = []
+    for record in records("kernels-*.json"):
+        names = list(
+            dict.fromkeys(kind for way in record["ways"].values() for kind in way["kinds"])
+        )
+        rows = [
+            [kind]
+            + [
+                f"{way['kinds'][kind]['ms']:.2f} ({way['kinds'][kind]['launches']:.0f})"
+                if kind in way["kinds"]
+                else ""
+                for way in record["ways"].values()
+            ]
+            for kind in names
+        ]
+        rows.append(["whole step"] + [f"{way['step_ms']:.2f}" for way in record["ways"].values()])
+        parts.append(
+            f"{title(record)}, milliseconds (launches) a step, on {machine(record)}, by "
+            f"`{record['command']}`:\n\n" + table(f"kernels, {', '.join(record['ways'])}", rows)
+        )
+    return "\n\n".join(parts) or "No record yet."
+
+
+def cells() -> str:
+    """Returns the cells of the results table: the mean over all seeds of a recipe."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    failures = len(list(RESULTS.glob("cells/*/failure-*.json")))
+    for file in sorted(RESULTS.glob("cells/*/summary.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        if "test_accuracy" not in summary:
+            continue  # of the search for a recipe, on the validation images
+        # What is trained in another way has a word of its own at the end of its name.
+        label = file.parent.name.partition(f"seed{summary['seed']}")[2].lstrip("-")
+        recipe = Path(summary["recipe"]).stem + (f" ({label})" if label else "")
+        groups.setdefault((summary["data"], summary["model"], recipe), []).append(summary)
+    rows = []
+    for (data, model, recipe), runs in groups.items():
+        accuracies = [100 * run["test_accuracy"] for run in runs]
+        best = max(PUBLISHED.get((data, model), (0.0,)))
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        rows.append(
+            [
+                *(f"{data} {model}", recipe, f"{statistics.mean(accuracies):.2f}{spread}"),
+                *(f"{len(runs)}", f"{best:.2f}" if best else ""),
+                f"{statistics.mean(run['wall_seconds'] for run in runs):,.0f}",
+                f"{max(run['peak_memory_bytes'] for run in runs) / 1e6:,.0f}",
+            ]
+        )
+    if not rows:
+        return "No record yet."
+    header = "network, recipe, test accuracy %, runs, published %, seconds, peak MB"
+    failed = f"\n\nRuns that failed: {failures}, their records are beside these."
+    return table(header, rows) + (failed if failures else "")
 
 
 def digits() -> str:
@@ -132,6 +264,23 @@ def costs(record: dict[str, Any]) -> list[DepthCost]:
         DepthCost(**(cost | {way: StepCost(**cost[way]) for way in ("reversing", "stored")}))
         for cost in record["depths"]
     ]
+
+
+def records(pattern: str) -> list[dict[str, Any]]:
+    return [read(file.name) for file in sorted(RESULTS.glob(pattern))]
+
+
+def title(record: dict[str, Any]) -> str:
+    model: str = record["model"]["model"]
+    return model.replace("revnet", "RevNet-").replace("resnet", "ResNet-")
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.1f}"
+
+
+def machine(record: dict[str, Any]) -> str:
+    return hardware({**record, "hardware": record["hardware"] | {"mixed_precision": "no"}})
 
 
 def hardware(record: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Two processes train as one does with the same global batch."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,3 +63,35 @@ def test_processes_that_accelerate_never_started_are_an_error(tmp_path):
     assert done.returncode != 0
     assert "was asked for several processes, but started one" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+BAD_RANK = """
+import math, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_step import Run
+from revtrain.nonfinite import NonFiniteLossError
+from revtrain.sync_batchnorm import synchronize_batchnorm
+
+run = Run("cpu", change=lambda net: synchronize_batchnorm(net, torch.device("cpu")))
+run.take(*run.batch())
+before = run.state()
+x, labels = run.batch()
+if run.accelerator.process_index == 1:
+    x[0] = math.nan
+run.take(x, labels)
+run.take(*run.batch())
+assert all(map(torch.equal, before, run.state()))
+try:
+    run.step.check()
+except NonFiniteLossError as error:
+    print(error)
+"""
+
+
+def test_a_bad_batch_of_one_process_is_named_by_all(tmp_path):
+    script = tmp_path / "bad_rank.py"
+    script.write_text(BAD_RANK)
+    done = launch(*TORCHRUN, script, Path(__file__).parent, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("at step 2, on rank 1: the first such number is in the images") == 2

@@ -134,7 +134,9 @@ def test_precision_does_not_leak_into_the_next_run(train):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(train, tmp_path):
-    with pytest.raises(revtrain.NonFiniteLossError, match=r"loss is .* lower the learning rate"):
+    with pytest.raises(
+        revtrain.NonFiniteLossError, match=r"at step 2, on rank 0: .* module .* lower"
+    ):
         train(lr=1e30, epochs=3)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 

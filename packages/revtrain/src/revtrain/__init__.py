@@ -5,10 +5,11 @@ from revtrain.config import TrainConfig
 from revtrain.evaluation import Evaluation, evaluate
 from revtrain.memory import DepthCost, StepCost, compare_memory
 from revtrain.net import NetSpec
+from revtrain.nonfinite import NonFiniteLossError
 from revtrain.recipe import Recipe, list_recipes, load_recipe
 from revtrain.result import Result
 from revtrain.signals import Interrupted
-from revtrain.trainer import NonFiniteLossError, train
+from revtrain.trainer import train
 
 __all__ = [
     "CheckpointError",

@@ -15,6 +15,8 @@ def forward_backward(
     labels: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor],
     accelerator: Accelerator,
+    *,
+    poison: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> tuple[Tensor, Tensor]:
     """Leaves in the parameters the gradients of a batch's mean loss.
 
@@ -28,6 +30,7 @@ def forward_backward(
         labels: Their labels (N,).
         criterion: Mean loss of logits and labels.
         accelerator: Runs the backward pass.
+        poison: What is done to a loss before the backward pass; see `revtrain.guard`.
 
     Returns:
         The mean loss and the logits (N, K), without gradients.
@@ -36,14 +39,14 @@ def forward_backward(
     if parts == 1:
         logits = model(x)
         loss = criterion(logits, labels)
-        accelerator.backward(loss)
+        accelerator.backward(poison(loss))
         return loss.detach(), logits.detach()
     losses, outputs = [], []
     for x_part, labels_part in zip(x.chunk(parts), labels.chunk(parts), strict=True):
         with accelerator.accumulate(model):
             logits = model(x_part)
             loss = criterion(logits, labels_part)
-            accelerator.backward(loss)  # divides by the number of parts
+            accelerator.backward(poison(loss))  # divides by the number of parts
         losses.append(loss.detach())
         outputs.append(logits.detach())
     return torch.stack(losses).mean(), torch.cat(outputs)

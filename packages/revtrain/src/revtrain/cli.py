@@ -16,9 +16,10 @@ from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
 from revtrain.evaluation import evaluate
 from revtrain.launch import LaunchError
+from revtrain.nonfinite import NonFiniteLossError
 from revtrain.report import print_result
 from revtrain.signals import Interrupted
-from revtrain.trainer import NonFiniteLossError, Trainer
+from revtrain.trainer import Trainer
 
 app = App(
     name="revtrain",

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import revdata
+from revtrain.capture import CapturedCall, why_not_capture
 from revtrain.data import load_images, make_loader, refuse_more_classes
 from revtrain.launch import make_accelerator
 from revtrain.meter import Averages, Meter
@@ -42,27 +43,49 @@ class Evaluation:
     images: int
 
 
-@torch.no_grad()
-def measure_accuracy(
-    model: nn.Module,
-    loader: revdata.Loader,
-    accelerator: Accelerator,
-    after_batch: Callable[[], None] = lambda: None,
-) -> Averages:
-    """Runs a prepared model over a loader; every process takes its slice, all get the averages.
+class Evaluator:
+    """Measures the accuracy of a prepared network, again and again while it is trained.
 
-    All processes call `after_batch` equally often.
+    On CUDA the forward pass becomes a CUDA graph, which goes with the weights as they change.
+
+    Args:
+        model: The network, without the wrapper of a distributed one.
+        accelerator: Gathers the averages.
+        graph: Whether to make a CUDA graph where that can be done.
     """
-    was_training = model.training
-    model.eval()
-    meter = Meter(accelerator.device)
-    for x, labels in loader:
-        if len(labels):  # of a last batch smaller than the number of processes, some get nothing
-            logits = model(x)
-            meter.update(F.cross_entropy(logits, labels), logits, labels)
-        after_batch()
-    model.train(was_training)
-    return meter.read(accelerator)
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator, *, graph: bool = True) -> None:
+        self._model = model
+        self._accelerator = accelerator
+        self._forward = CapturedCall(
+            lambda x: (model(x),),
+            accelerator.device,
+            enabled=graph and why_not_capture(model) is None,
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes allocated while the graph was captured; its replays use as many."""
+        return self._forward.peak_bytes
+
+    @torch.no_grad()
+    def __call__(
+        self, loader: revdata.Loader, after_batch: Callable[[], None] = lambda: None
+    ) -> Averages:
+        """Runs over a loader; every process takes its slice, all get the averages.
+
+        All processes call `after_batch` equally often.
+        """
+        was_training = self._model.training
+        self._model.eval()
+        meter = Meter(self._accelerator.device)
+        for x, labels in loader:
+            if len(labels):  # of a batch smaller than the number of processes, some get nothing
+                (logits,) = self._forward(x)
+                meter.update(F.cross_entropy(logits, labels), logits, labels)
+            after_batch()
+        self._model.train(was_training)
+        return meter.read(self._accelerator)
 
 
 def evaluate(
@@ -114,5 +137,5 @@ def evaluate(
     # In the layout of training: another one has other kernels, which round in other ways.
     model = accelerator.prepare_model(to_device(model, accelerator.device), evaluation_mode=True)
     loader = make_loader(images, BATCH_SIZE, accelerator, kind=chosen["loader"])
-    averages = measure_accuracy(model, loader, accelerator)
+    averages = Evaluator(model, accelerator)(loader)
     return Evaluation(data, split, averages.accuracy, averages.loss, averages.images)

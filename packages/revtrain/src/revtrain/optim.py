@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
@@ -24,13 +25,21 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
             {"params": [p for p in parameters if p.ndim > 1]},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    return SGD(
+    optimizer = SGD(
         groups,
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
+        # Reads its rate, and whether to skip the step, from tensors on the device.
+        fused=True,
     )
+    if recipe.momentum:
+        # Zeros are what the first step begins with anyhow; a tensor that is made in that step
+        # would be left without a value by one that is skipped.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def make_scheduler(optimizer: Optimizer, recipe: Recipe, total_steps: int) -> LRScheduler:

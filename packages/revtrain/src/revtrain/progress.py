@@ -9,7 +9,7 @@ from typing import Any, final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from revtrain.meter import Averages, Meter
+from revtrain.meter import Meter
 
 _SECONDS_BETWEEN_UPDATES = 0.5
 
@@ -63,15 +63,11 @@ class TrainProgress:
         """Prints a line, above the bar if there is one."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def step_done(self, step: int, epoch: int, meter: Meter, seconds: float) -> Averages | None:
-        """Shows a step of an epoch that has taken `seconds` so far.
-
-        Returns:
-            The averages, if it was time to read them.
-        """
+    def step_done(self, step: int, epoch: int, meter: Meter, seconds: float) -> None:
+        """Shows a step of an epoch that has taken `seconds` so far."""
         now = time.perf_counter()
         if not self._enabled or now < self._next_update:
-            return None
+            return
         averages = meter.read()
         self._next_update = time.perf_counter() + _SECONDS_BETWEEN_UPDATES
         self._bar.update(
@@ -83,7 +79,6 @@ class TrainProgress:
                 f"{averages.images / max(seconds, 1e-9):,.0f} img/s"
             ),
         )
-        return averages
 
     def epoch_done(self, record: dict[str, Any], split: str) -> None:
         """Prints the line of an epoch, above the bar if there is one."""

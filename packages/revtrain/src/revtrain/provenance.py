@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +19,14 @@ _PACKAGES = ("revcore", "revmodels", "revdata", "revtrain", "torch", "torchvisio
 
 
 def provenance(accelerator: Accelerator) -> dict[str, Any]:
-    """Returns command, date, versions and hardware, as plain JSON values."""
+    """Returns command, commit, date, versions and hardware, as plain JSON values.
+
+    The commit is that of the sources that run, or what the environment variable REVTRAIN_COMMIT
+    says where they are no git repository; None for an installed package.
+    """
     return {
         "command": _command(),
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(accelerator),
@@ -37,6 +43,19 @@ def _command() -> str:
     else:
         start = [path.name]
     return shlex.join([*start, *arguments])
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        done = [
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("REVTRAIN_COMMIT")
+    commit, changes = (one.stdout.strip() for one in done)
+    return commit + (" with changes" if changes else "")
 
 
 def _versions() -> dict[str, str | None]:

@@ -19,7 +19,7 @@ from revtrain.checkpoints import CheckpointError, Checkpoints
 from revtrain.config import TrainConfig
 from revtrain.data import load_images, make_loader, refuse_more_classes
 from revtrain.deterministic import deterministic
-from revtrain.evaluation import BATCH_SIZE, measure_accuracy
+from revtrain.evaluation import BATCH_SIZE, Evaluator
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
 from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json, read_memory
@@ -36,10 +36,6 @@ from revtrain.run_folder import RunFolder
 from revtrain.signals import Interrupted, StopSignals
 from revtrain.step import TrainStep
 from revtrain.sync_batchnorm import synchronize_batchnorm
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is infinite or not a number, so there is nothing left to train."""
 
 
 def train(config: TrainConfig) -> Result:
@@ -61,7 +57,7 @@ def train(config: TrainConfig) -> Result:
             `config.resume` is set.
         CheckpointError: All checkpoints of the run that `config.resume` asks for are damaged.
         revdata.DataError: The data are missing or damaged.
-        NonFiniteLossError: The loss is no longer a number.
+        NonFiniteLossError: The loss or a gradient is no longer a number.
         Interrupted: SIGTERM or Ctrl-C stopped the run, between two steps and with a checkpoint.
             Python exits with status 143 or 130 if nothing catches it.
     """
@@ -147,7 +143,12 @@ class Trainer:
             self.scheduler,
             accelerator,
             label_smoothing=recipe.label_smoothing,
+            graph=config.graph,
         )
+        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
+        # of batches here.
+        net = accelerator.unwrap_model(self.model)
+        self.evaluator = Evaluator(net, accelerator, graph=config.graph)
 
         self.state = RunState()
         self.checkpoints = Checkpoints(self.folder.checkpoints, accelerator)
@@ -231,17 +232,15 @@ class Trainer:
             self.step(x, labels, meter)
             state.step += 1
             state.seconds = time.perf_counter() - started
-            averages = progress.step_done(state.step, epoch + 1, meter, state.seconds)
-            if averages is not None:
-                self._refuse_non_finite(averages, state.step)
+            progress.step_done(state.step, epoch + 1, meter, state.seconds)
             self._stop_if_told(signals, meter, progress)
             if self.config.save_every and state.step % self.config.save_every == 0:
                 self._save(meter, progress)
                 started = time.perf_counter() - state.seconds  # saving is no training
+        self.step.check()
         averages = meter.read(accelerator)  # waits for the device, so the time is right
         seconds = state.seconds = time.perf_counter() - started
         steps = state.step - epoch * self.steps_per_epoch
-        self._refuse_non_finite(averages, state.step)
         tested = self._evaluate(lambda: self._stop_if_told(signals, meter, progress))
         return {
             "epoch": epoch + 1,
@@ -254,7 +253,9 @@ class Trainer:
             "seconds": seconds,
             "step_seconds": seconds / steps,
             "images_per_second": averages.images / seconds,
-            "peak_memory_bytes": peak_memory(device),
+            "peak_memory_bytes": peak_memory(
+                device, self.step.peak_bytes, self.evaluator.peak_bytes
+            ),
         }
 
     def _epoch_done(self, record: dict[str, Any], progress: TrainProgress) -> None:
@@ -272,10 +273,7 @@ class Trainer:
             self._save(None, progress)
 
     def _evaluate(self, after_batch: Callable[[], None]) -> Averages:
-        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
-        # of batches here.
-        net = self.accelerator.unwrap_model(self.model)
-        return measure_accuracy(net, self.test_loader, self.accelerator, after_batch)
+        return self.evaluator(self.test_loader, after_batch)
 
     def _stop_if_told(self, signals: StopSignals, meter: Meter, progress: TrainProgress) -> None:
         """Saves and stops the run, on all processes, if one of them got a signal."""
@@ -293,6 +291,7 @@ class Trainer:
 
     def _save(self, meter: Meter | None, progress: TrainProgress) -> bool:
         """Writes a checkpoint, amid an epoch if there is a meter; a full disk ends no run."""
+        self.step.check()  # after a bad step, the last checkpoint is the good one
         self.state.sums = meter.sums(self.accelerator) if meter else []
         try:
             self.checkpoints.save(self.state.step, self.state.to_json())
@@ -308,18 +307,6 @@ class Trainer:
         left = self.total_steps - self.state.step
         for _, batch in zip(range(left), self.train_loader, strict=False):
             yield batch
-
-    def _refuse_non_finite(self, averages: Averages, step: int) -> None:
-        if not math.isfinite(averages.loss):
-            raise NonFiniteLossError(
-                f"the loss is {averages.loss} by step {step} of {self.total_steps}: lower the "
-                f"learning rate (--lr, now {self.recipe.lr:g})"
-                + (
-                    " or train without --mixed-precision"
-                    if self.accelerator.mixed_precision != "no"
-                    else ""
-                )
-            )
 
     def _description(self) -> dict[str, Any]:
         """Returns what `config.json` holds."""
