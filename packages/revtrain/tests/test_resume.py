@@ -146,13 +146,37 @@ def test_handlers_are_put_back(train, stop_at):
 
 
 def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
-    with StopSignals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # a launcher's, of the same key
-        assert signals.agreed() == signal.SIGINT
-        monkeypatch.setattr("revtrain.signals._SECONDS_OF_ONE_INTERRUPT", 0.0)
-        with pytest.raises(KeyboardInterrupt):
+    agreed = []
+
+    def press_thrice():
+        with StopSignals() as signals:
             signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # a launcher's, of the same key
+            agreed.append(signals.agreed())
+            monkeypatch.setattr("revtrain.signals._SECONDS_OF_ONE_INTERRUPT", 0.0)
+            signal.raise_signal(signal.SIGINT)
+            agreed.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        press_thrice()
+    assert agreed == [signal.SIGINT]
+
+
+def test_a_signal_in_the_last_save_is_not_lost(train, whole, tmp_path, monkeypatch):
+    save = Trainer._save
+
+    def interrupted(self, *arguments):
+        if self.state.step == STEPS:
+            signal.raise_signal(signal.SIGINT)
+        return save(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.undo()
+    train(resume=True)
+    assert_same_run(tmp_path / "run", whole())
 
 
 def test_signals_that_are_ignored_stay_so():
