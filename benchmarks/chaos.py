@@ -218,6 +218,8 @@ def disturb(
         came = "finished"
     elif how == "SIGKILL" or phase in ("start", "finishing"):
         came = "ended at once"  # the others by an error: their connection is closed
+    elif checkpoints(out)[-1].name == f"step-{STEPS:08}":
+        came = "ended after the last save"
     else:
         raise AssertionError(f"{how} in {phase} gave the statuses {life.statuses}")
     return how, phase, came

@@ -79,7 +79,7 @@ class Checkpoints:
         partial = self.path / f".{path.name}.partial"
 
         def begin() -> None:
-            if self._accelerator.is_local_main_process:
+            if self._accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
 
@@ -88,6 +88,7 @@ class Checkpoints:
 
         def commit() -> None:
             if self._accelerator.is_main_process:
+                self._refuse_lost_parts(partial)
                 write_json(partial / _PROGRESS, progress)
                 write_manifest(partial)
                 # There is none of this step, unless it is damaged and was passed over.
@@ -142,6 +143,15 @@ class Checkpoints:
         if paths:
             return None, f"{self.path} holds no whole checkpoint: replace the run by --fresh"
         return None, None
+
+    def _refuse_lost_parts(self, partial: Path) -> None:
+        """Raises if a process has written elsewhere."""
+        for rank in range(self._accelerator.num_processes):
+            if not (partial / f"{RNG_STATE_NAME}_{rank}.pkl").exists():
+                raise OSError(
+                    f"what process {rank} wrote is not here: several nodes need one run folder "
+                    "that all of them see"
+                )
 
     def _prune(self, step: int) -> None:
         """Removes what an interrupted save left, and all checkpoints but the newest.

@@ -125,8 +125,8 @@ class RunFolder:
         """
         if not self.weights.exists():
             raise FileNotFoundError(
-                f"{self.path} holds no finished run (no {self.weights.name} in it): train again "
-                "with --fresh"
+                f"{self.path} holds no finished run (no {self.weights.name} in it): go on with "
+                "it by --resume, or train again with --fresh"
             )
         try:
             with safe_open(self.weights, framework="pt") as file:

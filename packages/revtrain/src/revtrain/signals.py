@@ -76,6 +76,8 @@ class StopSignals:
             if self._pending is not None:
                 self._pending[0].wait()
             dist.destroy_process_group(self._group)
+        if self._heard and kind is None:  # too late for the loop, which has saved its end
+            signal.raise_signal(self._heard)
 
     def agreed(self) -> int:
         """Returns the signal that one of the processes heard, or 0; the same on all of them.
