@@ -122,15 +122,15 @@ class HalfStep(Step):
         target, source = self.reads
         graph = replay.repeat_for_gradients(streams[source], needs_x=needed[1])
         # The graph that gives the branch's output back is the one that is differentiated.
-        value = graph.t.detach()
+        t = graph.t
         if kept is None:
             back = self.scheme.combine if self.inverted else self.scheme.uncombine
-            a = back(streams[target], value)
+            a = back(streams[target], t)
             # What stood there after the step is free before the graph is walked.
             streams[target] = a
         else:
             streams[:] = kept
             a = kept[target]
         vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grad_a, grad_t = vjp(a, value, grads[0])
+        grad_a, grad_t = vjp(a, t, grads[0])
         return (grad_a, *graph.differentiate(needed[1:], grad_t, self.branch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import string_at
 from typing import Any, NamedTuple
 
@@ -25,11 +25,22 @@ NO_STATES: States = []
 
 # Modules that are known to draw nothing, so that nothing has to be read for them. The list need not
 # be complete.
-QUIET = {
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm),
-    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
-}
+_QUIET: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
+        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+    }
+)
+
+
+def draw_nothing(modules: Sequence[nn.Module]) -> bool:
+    """Tells whether these modules are known to draw no random numbers."""
+    return _QUIET.issuperset(map(type, modules)) and not any(
+        [module._forward_hooks or module._forward_pre_hooks for module in modules]
+    )
+
 
 _CPU = torch.device("cpu")
 
@@ -76,21 +87,22 @@ def draw_again(before: States, after: States, run: Callable[[], Tensor], message
     Raises:
         RuntimeError: If it draws other numbers than the first time.
     """
-    outside = [_read(device) for device, _, _ in before]
+    outside = [(device, _get(device)) for device, _, _ in before]
     try:
-        if moved(outside, before):
-            _restore(before)
+        for device, state, _ in before:
+            _set(device, state)
         t = run()
         if not moved(before, after):
             return t
-        for (device, _, first), (_, _, last) in zip(before, after, strict=True):
+        for (device, _, first), (_, _, last) in zip(before, after):  # noqa: B905 - of the same
             # A state that did not move now was moved by another thread then: no harm.
-            if _read(device).content not in (first, last):
+            if _content(_get(device)) not in (last, first):
                 break
         else:
             return t
     finally:
-        _restore(outside)
+        for device, state in outside:
+            _set(device, state)
     # The draws may have been another thread's, which is no harm if these are all.
     with RefuseRandomness(message):
         return run()
@@ -119,37 +131,38 @@ class RefuseRandomness(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _generator(device: torch.device) -> torch.Generator | None:
-    """Returns the default generator, which is asked faster than through torch's module."""
-    if device is _CPU:
-        return torch.default_generator
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return None
-
-
 def _read(device: torch.device) -> State:
-    generator = _generator(device)
-    if generator is not None:
-        state = generator.get_state()
-    elif device.type == "mps":
-        state = torch.mps.get_rng_state()
-    else:
-        state = torch.get_device_module(device).get_rng_state(device)
-    # Python compares bytes faster than torch compares tensors.
-    content = string_at(state.data_ptr(), state.numel())
+    state = _get(device)
+    content = _content(state)
     last = _last.get(device)
     if last is None or last[2] != content:
         last = _last[device] = State(device, state, content)
     return last
 
 
-def _restore(states: States) -> None:
-    for device, state, _ in states:
-        generator = _generator(device)
-        if generator is not None:
-            generator.set_state(state)
-        elif device.type == "mps":
-            torch.mps.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
+def _content(state: Tensor) -> bytes:
+    # Python compares bytes faster than torch compares tensors.
+    return string_at(state.data_ptr(), state.numel())
+
+
+def _get(device: torch.device) -> Tensor:
+    # The default generators are asked faster than through torch's modules.
+    if device is _CPU:
+        return torch.default_generator.get_state()
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index].get_state()
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set(device: torch.device, state: Tensor) -> None:
+    if device is _CPU:
+        torch.default_generator.set_state(state)
+    elif device.type == "cuda":
+        torch.cuda.default_generators[device.index].set_state(state)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from revcore.autocast import autocast_as, autocast_now
 from revcore.graph import Graph
-from revcore.randomness import NO_STATES, QUIET, RefuseRandomness, draw_again, get_states
-from revcore.versions import changed, version
+from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, draw_nothing, get_states
+from revcore.versions import changed, version, versions
 
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
 # repeats a training-mode run exactly and is cheaper than exchanging buffers. Subclasses may use
@@ -74,36 +75,25 @@ class Replay:
         self._same_graph = same_graph
         # Modules and parameters are read at call time, because a module may hold others at another
         # call (torch.func.functional_call, FSDP). nn.Module.modules takes four times as long.
-        self._training: list[tuple[nn.Module, bool]] = []
-        self._tables: list[tuple[nn.Module, _Table, list[tuple[str, Tensor | None]]]] = []
-        self._norms: list[nn.Module] = []
-        buffered: list[nn.Module] = []
-        leaves: list[Tensor] = []
-        modules, seen, quiet = [branch], {branch}, True
+        modules = [branch]
         for module in modules:  # grows meanwhile
             if module._modules:
-                for child in module._modules.values():
-                    if child is not None and child not in seen:
-                        seen.add(child)
-                        modules.append(child)
-            self._training.append((module, module.training))
-            if quiet and (
-                type(module) not in QUIET or module._forward_hooks or module._forward_pre_hooks
-            ):
-                quiet = False
-            if module._parameters:
-                items = list(module._parameters.items())
-                self._tables.append((module, module._parameters, items))
-                leaves += [value for _, value in items if value is not None]
-            if module._buffers:
-                if not module.training or type(module) not in _BATCH_NORMS:
-                    buffered.append(module)
-                elif module.track_running_stats:
-                    self._norms.append(module)
+                modules += module._modules.values()  # type: ignore[arg-type]
+        if None in modules or len(set(modules)) < len(modules):
+            modules = [module for module in dict.fromkeys(modules) if module is not None]
+        self._modules = modules
+        self._training = [module.training for module in modules]
+        self._tables = [(m._parameters, dict(m._parameters)) for m in modules if m._parameters]
+        leaves = [v for _, found in self._tables for v in found.values() if v is not None]
         if len(set(map(id, leaves))) < len(leaves):
             leaves = list({id(value): value for value in leaves}.values())
-        self._quiet = quiet
-        self._buffered = buffered
+        self._buffered = [module for module in modules if module._buffers]
+        self._norms: list[nn.Module] = []
+        if self._buffered:
+            norms = [m for m in self._buffered if m.training and type(m) in _BATCH_NORMS]
+            self._norms = [module for module in norms if module.track_running_stats]
+            self._buffered = [module for module in self._buffered if module not in norms]
+        self._quiet = draw_nothing(modules)
         self._arguments: dict[str, Tensor] = {}
         if kwargs:
             self._arguments = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
@@ -111,8 +101,8 @@ class Replay:
             extra = {id(v): v for v in self._arguments.values() if v.requires_grad}
             leaves += [value for key, value in extra.items() if key not in known]
         self.leaves = leaves
-        self._versions = [version(leaf) for leaf in leaves]
-        self._argument_versions = [version(value) for value in self._arguments.values()]
+        self._versions = versions(leaves)
+        self._argument_versions = versions(self._arguments.values())
 
     def first_run(self, x: Tensor) -> Tensor:
         """Runs the branch as any module is run, and notes what it sees.
@@ -125,11 +115,18 @@ class Replay:
         self._needs_x = x.requires_grad
         self._device = x.device
         self._before = self._after = NO_STATES
-        if self._quiet and not self._buffered and not self._same_graph and _no_autocast():
-            self._autocast = self._buffers = self._copies = ()
-            return run_branch(self._call, x, self._kwargs)
         self._autocast = () if _no_autocast() else autocast_now(self._device.type)
+        self._buffers, self._copies = [], []
+        guarded = self._autocast or self._same_graph
+        if self._quiet and not self._buffered and not guarded:
+            return run_branch(self._call, x, self._kwargs)
         with _LOCK:
+            if not self._quiet:
+                self._before = get_states(x)
+            if not self._buffered and self._before and not guarded:
+                t = run_branch(self._call, x, self._kwargs)
+                self._after = get_states(x)
+                return t
             buffers = [
                 (module, module._buffers, name, value, version(value))
                 for module in self._buffered
@@ -137,11 +134,8 @@ class Replay:
                 if value is not None
             ]
             copies = [value.clone() for _, _, _, value, _ in buffers]
-            capturing = False
-            if not self._quiet:
-                self._before = get_states(x)
-                capturing = not self._before
-            if self._autocast or self._same_graph or capturing:
+            capturing = not self._quiet and not self._before
+            if guarded or capturing:
                 t = self._guarded_run(x, capturing=capturing)
             else:
                 t = run_branch(self._call, x, self._kwargs)
@@ -170,6 +164,11 @@ class Replay:
             x = x.detach().requires_grad_(self._needs_x and self._same_graph)
             return run_branch(self._call, x, self._kwargs).detach()
 
+    def _lay_out(self, x: Tensor) -> Tensor:
+        """Copies `x` to the strides that the branch saw first; other strides, other bits."""
+        like = torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device)
+        return like.copy_(x)
+
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
         """Runs the branch again as it ran before, without gradients, leaving no trace.
 
@@ -182,13 +181,13 @@ class Replay:
                 other random numbers than before.
         """
         if call is not None:
-            return self._repeat(call, x, {})
-        x = _lay_out(x, self._stride)
+            return self._repeat(call, x, _NOTHING)
+        x = x if x.stride() == self._stride else self._lay_out(x)
         if not self._same_graph:
-            return self._repeat(self._call, x, {})
+            return self._repeat(self._call, x, _NOTHING)
         with torch.enable_grad():
             x = x.detach().requires_grad_(self._needs_x)
-            return self._repeat(self._call, x, {}).detach()
+            return self._repeat(self._call, x, _NOTHING).detach()
 
     def repeat_for_gradients(self, x: Tensor, *, needs_x: bool) -> Graph:
         """Runs the branch like `repeat`, for a graph of its own.
@@ -201,16 +200,15 @@ class Replay:
             The branch's output and its graph, whose leaves are what stands for `x`, then one tensor
             for each of `leaves`.
         """
-        x = _lay_out(x, self._stride).detach()
+        x = (x if x.stride() == self._stride else self._lay_out(x)).detach()
         if needs_x:
             x.requires_grad_()
-        leaves, aliases = self.leaves, {}
-        for leaf in leaves:
-            # The inner differentiation would run a leaf's tensor hooks, and autograd runs them
-            # again on what the node returns; a stand-in has none.
-            if leaf._backward_hooks or not leaf.is_leaf:
-                aliases[id(leaf)] = leaf.detach().requires_grad_(leaf.requires_grad)
-        if aliases:
+        # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
+        # what the node returns; a stand-in has none.
+        leaves, aliases = self.leaves, _NOTHING
+        hooked = [leaf for leaf in leaves if leaf._backward_hooks or not leaf.is_leaf]
+        if hooked:
+            aliases = {id(v): v.detach().requires_grad_(v.requires_grad) for v in hooked}
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
         with torch.enable_grad():
             first = torch.autograd._get_sequence_nr()
@@ -256,23 +254,19 @@ class Replay:
         """Tells whether there is nothing to put back but generators and batch norms' statistics."""
         if self._buffers or self._copies or self._autocast or not _no_autocast():
             return False
-        for module, flag in self._training:
-            if module.training is not flag:
+        if [module.training for module in self._modules] != self._training:
+            return False
+        for table, found in self._tables:
+            if len(table) != len(found) or not all(map(is_, table.values(), found.values())):
                 return False
-        for _, table, items in self._tables:
-            for name, value in items:
-                if table.get(name) is not value:
-                    return False
         return True
 
     def _refuse_changes(self) -> None:
         """Raises if a parameter, a buffer or an argument was changed in place."""
-        if [version(leaf) for leaf in self.leaves] != self._versions:
-            counts = dict(zip(map(id, self.leaves), self._versions, strict=True))
-            for module, _, items in self._tables:
-                for name, value in items:
-                    if value is not None and version(value) != counts[id(value)]:
-                        raise changed(f"parameter {name!r} of {type(module).__name__}")
+        if versions(self.leaves) != self._versions:
+            for leaf, count in zip(self.leaves, self._versions, strict=True):
+                if version(leaf) != count:
+                    raise changed(self._name(leaf))
         if self._arguments:
             for (name, value), count in zip(
                 self._arguments.items(), self._argument_versions, strict=True
@@ -283,15 +277,23 @@ class Replay:
             if version(value) != count:
                 raise changed(f"buffer {name!r} of {type(module).__name__}")
 
+    def _name(self, leaf: Tensor) -> str:
+        for table, found in self._tables:
+            for name, value in found.items():
+                if value is leaf:
+                    owner = next(type(m).__name__ for m in self._modules if m._parameters is table)
+                    return f"parameter {name!r} of {owner}"
+        return f"an argument of {type(self.branch).__name__}"
+
     def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
         """Makes the branch's modules what they were; `undo` gets what they are now."""
-        for module, flag in self._training:
+        for module, flag in zip(self._modules, self._training, strict=True):
             if module.training is not flag:
                 _swap(module.__dict__, "training", flag, undo)
         for module in self._norms:
             _swap(module.__dict__, "track_running_stats", False, undo)
-        for _, table, items in self._tables:
-            for name, value in items:
+        for table, found in self._tables:
+            for name, value in found.items():
                 wanted = aliases.get(id(value), value)
                 if table.get(name) is not wanted:
                     _swap(table, name, wanted, undo)
@@ -304,6 +306,7 @@ class Replay:
 
 
 _ABSENT = object()
+_NOTHING: Mapping[int, Tensor] = {}
 
 
 def _swap(table: _Table, name: str, value: Any, undo: _Undo) -> None:
@@ -323,13 +326,6 @@ def _no_autocast() -> bool:
     return not torch._C._is_any_autocast_enabled()
 
 
-def _lay_out(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Returns `x` with the strides that the branch saw first; other strides, other bits."""
-    if x.stride() == stride:
-        return x
-    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
-
-
 def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Calls a branch, and refuses one whose result could not be reversed.
 
@@ -337,11 +333,12 @@ def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -
         TypeError: If the branch returns anything but a tensor.
         RuntimeError: If the branch changes its input in place.
     """
-    before = version(x)
+    counted = not x.is_inference()
+    before = x._version if counted else 0
     t = call(x, **kwargs)
     if not isinstance(t, Tensor):
         raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
-    if version(x) != before:
+    if counted and x._version != before:
         raise RuntimeError(
             f"branch {_name(call)} changes its input in place, which destroys the stream that it "
             "reads. Start the branch with an operation that is not in place, such as "

@@ -8,7 +8,6 @@ from the outputs: `seek(k)` gives the streams as they stood before step `k`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,18 +48,12 @@ class Saved:
         return list(self._tensors)
 
 
-class Record(NamedTuple):
-    """One step of this call, and how to repeat its branch."""
-
-    step: Step
-    replay: Replay
-
-
 class Tape:
     """Everything that one forward call of a chain keeps until its backward pass."""
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        # Each step of this call, and how to repeat its branch.
+        self.records: list[tuple[Step, Replay]] = []
         self._anchors: dict[int, Saved] = {}
         self._outputs: Saved | None = None
         self._cursor: tuple[int, list[Tensor]] | None = None

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 
 def version(tensor: Tensor) -> int:
     """Counts the in-place changes of a tensor; inference tensors do not count theirs."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Collection[Tensor]) -> list[int]:
+    """Counts the in-place changes of each tensor."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # an inference tensor
+        return [version(tensor) for tensor in tensors]
 
 
 def changed(what: str) -> RuntimeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,13 @@ class Evaluator:
         return self._forward.peak_bytes
 
     @torch.no_grad()
-    def __call__(self, loader: revdata.Loader) -> Averages:
-        """Runs over a loader; every process takes its slice, all get the averages."""
+    def __call__(
+        self, loader: revdata.Loader, after_batch: Callable[[], None] = lambda: None
+    ) -> Averages:
+        """Runs over a loader; every process takes its slice, all get the averages.
+
+        All processes call `after_batch` equally often.
+        """
         was_training = self._model.training
         self._model.eval()
         meter = Meter(self._accelerator.device)
@@ -78,6 +83,7 @@ class Evaluator:
             if len(labels):  # of a batch smaller than the number of processes, some get nothing
                 (logits,) = self._forward(x)
                 meter.update(F.cross_entropy(logits, labels), logits, labels)
+            after_batch()
         self._model.train(was_training)
         return meter.read(self._accelerator)
 

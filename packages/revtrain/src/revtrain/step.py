@@ -17,6 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 
+from revtrain.accumulate import forward_backward
 from revtrain.capture import CapturedCall, why_not_capture
 from revtrain.guard import Guard
 from revtrain.meter import Meter
@@ -132,10 +133,10 @@ class TrainStep:
         guard, optimizer = self._guard, self._optimizer
         x, labels = guard.hold(x, labels)
         saved = guard.save_buffers()
-        logits = self._model(x)
-        loss = self._cross_entropy(logits, labels)
-        self._accelerator.backward(guard.poison(loss))
-        if self._accelerator.scaler is not None and self._accelerator.sync_gradients:
+        loss, logits = forward_backward(
+            self._model, x, labels, self._cross_entropy, self._accelerator, poison=guard.poison
+        )
+        if self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(optimizer)
         grads = [p.grad for p in self._model.parameters() if p.grad is not None]
         found_inf = guard.judge(grads, saved)
@@ -143,8 +144,7 @@ class TrainStep:
             optimizer.step()
         optimizer.zero_grad()
         # One of a bad step would make the averages useless.
-        counted = loss.detach().masked_fill(~loss.isfinite(), 0.0)
-        return counted, logits.detach(), labels
+        return loss.masked_fill(~loss.isfinite(), 0.0), logits, labels
 
     def _loss(self, net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         return self._cross_entropy(net(x), labels)
