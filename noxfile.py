@@ -119,10 +119,10 @@ def tests_revdata(session: nox.Session) -> None:
 
 @nox.session(name="tests-revtrain", requires=["build", "torch"])
 def tests_revtrain(session: nox.Session) -> None:
-    """Test the wheel of revtrain, and the Python blocks of every document."""
+    """Test the wheel of revtrain, the Python blocks of every document, and the benchmarks."""
     install(session, "revtrain", *TEST_TOOLS)
     run_tests(session, "revtrain")
-    session.run("python", "-m", "pytest", "tests/test_documents.py")
+    session.run("python", "-m", "pytest", "tests")
 
 
 @nox.session
