@@ -70,9 +70,11 @@ def load(
             variable `REVDATA_DIR`, or `revdata` in the user's cache folder. Digits need none.
         verify: Whether to refuse files whose checksums are not the official ones. False admits
             files that were repackaged; they are still read by an unpickler that runs nothing.
-        download: Whether to fetch the official archive into `root` if it holds neither.
-        mirror: URL of a folder to download from instead of the publisher's; the checksum of the
-            archive is the same.
+        download: Whether to fetch the official archive into `root` if it holds neither. A download
+            that was interrupted goes on where it stopped, and several processes share one.
+        mirror: URL or path of a folder to download from instead of the publisher's; the checksum
+            of the archive is the same. The default is the environment variable `REVDATA_MIRROR`,
+            if it is set.
 
     Returns:
         The images and labels, on the CPU.
