@@ -29,6 +29,7 @@ from revtrain.provenance import provenance
 from revtrain.run_folder import RunFolder
 from revtrain.step import TrainStep
 from revtrain.sync_batchnorm import synchronize_batchnorm
+from revtrain.tracking import tracking
 
 
 class NonFiniteLossError(RuntimeError):
@@ -96,18 +97,19 @@ class Trainer:
         device = accelerator.device
 
         train_split, self.test_split = ("fit", "val") if config.val else ("train", "test")
-        # The others of a machine wait: what has to be downloaded is downloaded once.
-        with accelerator.local_main_process_first():
-            train_images, test_images = (
-                load_images(
-                    config.data,
-                    split,
-                    data_dir=config.data_dir,
-                    verify=config.verify,
-                    download=config.download,
-                )
-                for split in (train_split, self.test_split)
+        # All processes at once: a lock makes one of them download. In a barrier the others would
+        # wait for longer than a process group allows.
+        train_images, test_images = (
+            load_images(
+                config.data,
+                split,
+                data_dir=config.data_dir,
+                verify=config.verify,
+                download=config.download,
+                mirror=config.mirror,
             )
+            for split in (train_split, self.test_split)
+        )
         num_classes = config.num_classes or len(train_images.classes)
         refuse_more_classes(train_images, num_classes)
         self.train_loader = make_loader(
@@ -157,14 +159,19 @@ class Trainer:
         accelerator, main = self.accelerator, self.accelerator.is_main_process
         # Nobody may still be looking for an old run when the new one appears.
         accelerator.wait_for_everyone()
+        description = self._description()
         if main:
-            self.folder.start(self._description())
+            self.folder.start(description)
         metrics: list[dict[str, Any]] = []
-        with TrainProgress(self.total_steps, self.epochs, enabled=main) as progress:
+        with (
+            TrainProgress(self.total_steps, self.epochs, enabled=main) as progress,
+            tracking(accelerator, self.config.log_with, self.folder.path, description) as log,
+        ):
             for epoch in range(self.epochs):
                 record = self._epoch(epoch, progress)
                 metrics.append(record)
                 progress.epoch_done(record, self.test_split)
+                log(record)
                 if main:
                     self.folder.write_metrics(metrics)
         summary = self._summary(metrics)
