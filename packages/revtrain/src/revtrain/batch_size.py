@@ -45,7 +45,7 @@ def find_batch_size(config: TrainConfig, *, largest: int = 8192) -> int:
     )
     accelerator = make_accelerator(cpu=config.cpu, mixed_precision=config.mixed_precision)
     device = accelerator.device
-    if device.type == "cpu":
+    if _without_limit(device):
         raise ValueError(
             "the largest batch can be found on a GPU alone: a CPU's memory has no such limit, and "
             "the system slows down or ends the process; choose --batch-size by --dry-run instead"
@@ -65,6 +65,10 @@ def find_batch_size(config: TrainConfig, *, largest: int = 8192) -> int:
             optimizer.step()
 
     return largest_that_runs(train, largest)
+
+
+def _without_limit(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def largest_that_runs(train: Callable[[int], None], largest: int) -> int:
