@@ -69,7 +69,7 @@ def dry_run(config: TrainConfig) -> Plan:
         >>> from revtrain import TrainConfig
         >>> plan = dry_run(TrainConfig(blocks=(1, 1, 1), cpu=True))
         >>> plan.parameters, plan.layers, plan.steps
-        (178538, 14, 280)
+        (253802, 14, 280)
     """
     trainer = Trainer(replace(config, download=False))
     accelerator = trainer.accelerator
