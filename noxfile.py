@@ -120,7 +120,7 @@ def tests_revdata(session: nox.Session) -> None:
 @nox.session(name="tests-revtrain", requires=["build", "torch"])
 def tests_revtrain(session: nox.Session) -> None:
     """Test the wheel of revtrain, the Python blocks of every document, and the benchmarks."""
-    install(session, "revtrain", *TEST_TOOLS)
+    install(session, "revtrain", *TEST_TOOLS, "tensorboard")  # one tracker, to test --log-with
     run_tests(session, "revtrain")
     session.run("python", "-m", "pytest", "tests")
 

@@ -34,7 +34,12 @@ PUBLISHED = {
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "benchmarks.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "docs" / "index.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "packages" / "revdata.md",
+]
 
 
 def main() -> None:
@@ -67,6 +72,7 @@ def fill(text: str) -> str:
         "batches": batches,
         "kernels": kernels,
         "cells": cells,
+        "loaders": loaders,
     }
 
     def replacement(match: re.Match[str]) -> str:
@@ -228,6 +234,30 @@ def digits() -> str:
         f"{record['batch'][0]}; *kept* is what the forward pass leaves behind for the backward "
         f"pass):\n\n{cost_table(record)}"
     )
+
+
+def loaders() -> str:
+    """Returns how fast each loader is, alone and beside a training step."""
+    parts = []
+    for file in sorted(RESULTS.glob("loaders-*.json")):
+        record = read(file.name)
+        rows = [
+            [
+                row["loader"].replace(",", ""),
+                f"{row['batch']}",
+                f"{row['images_per_second']:,.0f}",
+                f"{row['batch_ms']:.2f}",
+                f"{row['step_ms_same_batch']:,.1f}",
+                f"{row['step_ms_with_loader']:,.1f}",
+            ]
+            for row in record["loaders"]
+        ]
+        header = "loader, batch, images/s alone, ms a batch, ms a step with one batch, with loader"
+        parts.append(
+            f"{record['data']}, {record['model']}, on {hardware(record)}, by "
+            f"`{record['command']}`:\n\n{table(header, rows)}"
+        )
+    return "\n\n".join(parts)
 
 
 def caption() -> str:

@@ -1,5 +1,7 @@
 """Small CIFAR files of the official format, and the real ones where REVDATA_DIR names them."""
 
+import dataclasses
+import hashlib
 import io
 import os
 import pickle
@@ -11,6 +13,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+
+from revdata import datasets
 
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
@@ -108,6 +112,21 @@ def make_small(name):
 @pytest.fixture(scope="session", params=["cifar10", "cifar100"])
 def small(request):
     return make_small(request.param)
+
+
+@pytest.fixture
+def official(small, monkeypatch):
+    """Declares the small files to be the official ones."""
+    description = datasets._DATASETS[small.name]
+    archive = dataclasses.replace(
+        description.source.archive,
+        sha256=hashlib.sha256(small.packed).hexdigest(),
+        md5={name: hashlib.md5(content).hexdigest() for name, content in small.files.items()},
+    )
+    source = dataclasses.replace(description.source, archive=archive)
+    description = dataclasses.replace(description, source=source)
+    monkeypatch.setitem(datasets._DATASETS, small.name, description)
+    return small
 
 
 @pytest.fixture(scope="session", params=["cifar10", "cifar100"])

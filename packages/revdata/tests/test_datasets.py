@@ -95,6 +95,19 @@ def test_digits():
     assert fingerprint(val.images) == VAL_OF_DIGITS
 
 
+def check_description(train, test):
+    info = revdata.describe(train.name)
+    assert (len(train), len(test)) == (info.train_images, info.test_images)
+    assert tuple(train.images.shape[1:]) == info.shape
+    assert len(train.classes) == info.num_classes
+
+
+def test_a_description_is_that_of_the_files(splits):
+    check_description(revdata.load("digits", "train"), revdata.load("digits", "test"))
+    if len(splits["train"]) >= 50_000:  # the real one
+        check_description(splits["train"], splits["test"])
+
+
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingDataError, match="pip install scikit-learn"):
@@ -116,6 +129,8 @@ def test_unknown_names_are_refused_with_the_right_ones():
         ArgumentError, match=r"'cifar-10'; known: .*digits; did you mean 'cifar10'\?"
     ):
         revdata.load("cifar-10", "train")
+    with pytest.raises(ArgumentError, match=r"did you mean 'cifar100'\?"):
+        revdata.describe("CIFAR100")
     with pytest.raises(ArgumentError, match=r"split 'validation'; known: train, test, val, fit"):
         revdata.load("digits", "validation")
     assert revdata.list_datasets() == ["cifar10", "cifar100", "digits"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdata import ArgumentError, DeviceLoader, ImageSet, TorchLoader, epoch_order
 
@@ -290,3 +291,55 @@ def test_no_images_and_negative_workers_are_refused(make):
         make(image_set(0), 1, augment=False, shuffle=False)
     with pytest.raises(ArgumentError, match="num_workers"):
         TorchLoader(image_set(), 1, augment=False, shuffle=False, num_workers=-1)
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations that compute something; views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_the_device_loader_makes_a_batch_in_a_handful_of_operations(device, augment):
+    loader = DeviceLoader(
+        image_set(),
+        10,
+        device=device,
+        augment=augment,
+        shuffle=True,
+        memory_format=torch.channels_last,
+    )
+    batches = iter(loader)
+    next(batches)  # works out the whole epoch
+    with Operations() as operations:
+        next(batches)
+    masks = ["bitwise_and", "mul_"] if augment else []
+    assert operations.names == ["index", "addcmul", *masks]
+
+
+def test_the_device_loader_makes_the_same_batches_on_every_device(device):
+    options = {"augment": True, "shuffle": True, "seed": 5}
+    here = DeviceLoader(image_set(), 16, device=device, **options)
+    for (x, y), (x_cpu, y_cpu) in zip(here, DeviceLoader(image_set(), 16, **options), strict=True):
+        torch.testing.assert_close(x.cpu(), x_cpu)
+        assert y.cpu().equal(y_cpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a device that the host can wait for")
+def test_the_device_loader_never_waits_for_the_device():
+    loader = DeviceLoader(image_set(), 16, device="cuda", augment=True, shuffle=True)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in loader:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

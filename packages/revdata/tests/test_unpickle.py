@@ -1,9 +1,14 @@
+import io
 import os
 import pickle
+import subprocess
+import tarfile
 
 import numpy as np
 import pytest
+import torch
 
+import revdata
 from revdata import DamagedDataError
 from revdata.unpickle import unpickle
 
@@ -37,7 +42,10 @@ def test_arrays_come_back(protocol, shape):
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("function", [os.system, os.mkdir, eval, exec, getattr, np.load, np.full])
+@pytest.mark.parametrize(
+    "function",
+    [os.system, os.mkdir, eval, exec, getattr, np.load, np.full, subprocess.Popen, torch.load],
+)
 def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, protocol, function):
     target = tmp_path / "owned"
     argument = str(target) if function is os.mkdir else f"__import__('os').mkdir({str(target)!r})"
@@ -61,6 +69,12 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, protocol, func
         pytest.param(b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR.", id="objects in an array"),
         pytest.param(b"c_codecs\nencode\n(Vx\nVrot13\ntR.", id="another codec"),
         pytest.param(b"Pname\n.", id="persistent id"),
+        pytest.param(b"c_codecs\nencode\n(cbuiltins\neval\nVlatin1\ntR.", id="in an argument"),
+        pytest.param(b"ccopy_reg\n_reconstructor\n(cnumpy\nndarray\ntR.", id="a new object"),
+        pytest.param(b"cbuiltins\nlist\n)\x81.", id="a harmless class"),
+        pytest.param(b"ctorch\nTensor\n.", id="a class of torch"),
+        pytest.param("c\u043es\nsystem\n.".encode(), id="a name that looks alike"),
+        pytest.param(b"\x8d" + (2**62).to_bytes(8, "little"), id="a length beyond all memory"),
         pytest.param(b"\x82\x01.", id="extension code"),
     ],
 )
@@ -94,3 +108,26 @@ def test_a_pickle_cut_short_anywhere_is_refused(small):
 def test_something_else_than_a_dictionary_is_refused():
     with pytest.raises(DamagedDataError, match="no dictionary"):
         unpickle(pickle.dumps([1, 2], protocol=2), "test")
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["archive", "folder"])
+def test_load_runs_nothing_that_a_data_set_brings_along(small, tmp_path, packed):
+    target = tmp_path / "owned"
+    evil = pickle.dumps({"data": Call(os.mkdir, str(target)), "labels": [0]}, protocol=2)
+    for name in small.files:
+        files = {**small.files, name: evil}
+        root = tmp_path / name
+        (root / small.folder).mkdir(parents=True)
+        if packed:
+            with tarfile.open(root / small.archive, "w:gz") as tar:
+                for key, content in files.items():
+                    member = tarfile.TarInfo(f"{small.folder}/{key}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        else:
+            for key, content in files.items():
+                (root / small.folder / key).write_bytes(content)
+        # The unpickler stays on where checksums are not asked for.
+        with pytest.raises(DamagedDataError, match=f"{name}.* was not read"):
+            revdata.load(small.name, "train", root=root, verify=False)
+        assert not target.exists()

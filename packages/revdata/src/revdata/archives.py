@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.hub import download_url_to_file
-
+from revdata.download import fetch
 from revdata.errors import DamagedDataError, MissingDataError
 
 
@@ -66,11 +64,12 @@ def read_files(
         verify: Whether to refuse files whose checksums are not the official ones. A download is
             verified in any case.
         download: Whether to fetch the archive if it is not there.
-        mirror: URL of a folder to fetch it from instead of its publisher.
+        mirror: URL or path of a folder to fetch it from instead of its publisher; None for the
+            environment variable `REVDATA_MIRROR`, if it is set.
 
     Raises:
         MissingDataError: There are no files and none may be fetched, or fetching failed.
-        DamagedDataError: A file was cut short or changed.
+        DamagedDataError: A file was cut short or changed, or the mirror holds another.
     """
     folder, packed = root / archive.folder, root / archive.filename
     if root.is_file():
@@ -85,7 +84,7 @@ def read_files(
                 f"{lack} and no {packed}: set REVDATA_DIR (or root) to the folder that holds one "
                 "of them, or allow the download (download=True)"
             )
-        _fetch(archive, packed, mirror)
+        fetch(_url(archive, mirror), packed, archive.sha256)
     return _read_archive(archive, packed, verify)
 
 
@@ -137,15 +136,11 @@ def _compare(path: Path, size: int, found: str, official: str) -> None:
         )
 
 
-def _fetch(archive: Archive, destination: Path, mirror: str | None) -> None:
-    """Downloads under a temporary name, which becomes the real one if the checksum is right."""
-    url = f"{mirror.rstrip('/')}/{archive.filename}" if mirror else archive.url
-    sys.stderr.write(f"downloading {url} to {destination}\n")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(url, str(destination), hash_prefix=archive.sha256)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise MissingDataError(
-            f"cannot download {url} to {destination}: {error}; try again, or name a mirror, or put "
-            "the archive there by other means"
-        ) from error
+def _url(archive: Archive, mirror: str | None) -> str:
+    """Returns where to download from; a mirror may be a folder of this machine."""
+    mirror = mirror or os.environ.get("REVDATA_MIRROR")
+    if not mirror:
+        return archive.url
+    if "://" not in mirror:
+        mirror = Path(mirror).absolute().as_uri()
+    return f"{mirror.rstrip('/')}/{archive.filename}"

@@ -19,19 +19,37 @@ _VAL_ONE_IN = 10
 
 
 @dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a data set before its files are read.
+
+    Attributes:
+        train_images: Number of images in the split `train`.
+        test_images: Number of images in the split `test`.
+        shape: Channels, height and width of an image.
+        num_classes: Number of classes.
+    """
+
+    train_images: int
+    test_images: int
+    shape: tuple[int, int, int]
+    num_classes: int
+
+
+@dataclass(frozen=True)
 class _Description:
     """Where a data set comes from, and how its training images are augmented."""
 
     source: Cifar | Callable[[], TrainAndTest]
+    info: DatasetInfo
     pad: int
     flip: bool
 
 
 _DATASETS = {
-    "cifar10": _Description(CIFAR10, pad=4, flip=True),
-    "cifar100": _Description(CIFAR100, pad=4, flip=True),
+    "cifar10": _Description(CIFAR10, DatasetInfo(50_000, 10_000, (3, 32, 32), 10), 4, True),
+    "cifar100": _Description(CIFAR100, DatasetInfo(50_000, 10_000, (3, 32, 32), 100), 4, True),
     # One pixel of eight is what four are of 32. A mirrored digit is no digit.
-    "digits": _Description(read_digits, pad=1, flip=False),
+    "digits": _Description(read_digits, DatasetInfo(1_442, 355, (1, 8, 8), 10), 1, False),
 }
 
 
@@ -43,6 +61,28 @@ def list_datasets() -> list[str]:
         ['cifar10', 'cifar100', 'digits']
     """
     return sorted(_DATASETS)
+
+
+def describe(name: str) -> DatasetInfo:
+    """Tells how many images a data set has and of what shape, without its files.
+
+    Args:
+        name: One of `list_datasets`.
+
+    Raises:
+        ArgumentError: The name is not known.
+
+    Example:
+        >>> describe("cifar10").shape
+        (3, 32, 32)
+    """
+    return _description(name).info
+
+
+def _description(name: str) -> _Description:
+    if name not in _DATASETS:
+        raise unknown_name("data set", name, list_datasets())
+    return _DATASETS[name]
 
 
 def load(
@@ -70,9 +110,11 @@ def load(
             variable `REVDATA_DIR`, or `revdata` in the user's cache folder. Digits need none.
         verify: Whether to refuse files whose checksums are not the official ones. False admits
             files that were repackaged; they are still read by an unpickler that runs nothing.
-        download: Whether to fetch the official archive into `root` if it holds neither.
-        mirror: URL of a folder to download from instead of the publisher's; the checksum of the
-            archive is the same.
+        download: Whether to fetch the official archive into `root` if it holds neither. A download
+            that was interrupted goes on where it stopped, and several processes share one.
+        mirror: URL or path of a folder to download from instead of the publisher's; the checksum
+            of the archive is the same. The default is the environment variable `REVDATA_MIRROR`,
+            if it is set.
 
     Returns:
         The images and labels, on the CPU.
@@ -86,11 +128,9 @@ def load(
         >>> load("digits", "test")
         ImageSet('digits', 'test', 355 images of 1x8x8, 10 classes)
     """
-    if name not in _DATASETS:
-        raise unknown_name("data set", name, list_datasets())
+    description = _description(name)
     if split not in _SPLITS:
         raise unknown_name("split", split, _SPLITS)
-    description = _DATASETS[name]
     if isinstance(description.source, Cifar):
         folder = default_root() if root is None else Path(root)
         data = description.source.read(folder, verify=verify, download=download, mirror=mirror)

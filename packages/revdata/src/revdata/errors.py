@@ -32,6 +32,6 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> ArgumentError:
         >>> print(unknown_name("data set", "cifar11", ["cifar10", "digits"]))
         unknown data set 'cifar11'; known: cifar10, digits; did you mean 'cifar10'?
     """
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
     question = f"; did you mean {near[0]!r}?" if near else ""
     return ArgumentError(f"unknown {kind} {name!r}; known: {', '.join(known)}{question}")

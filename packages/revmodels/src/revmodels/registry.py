@@ -122,7 +122,7 @@ def get_architecture(name: str) -> Architecture:
         (32, 32, 64, 112)
     """
     if name not in _ARCHITECTURES:
-        near = difflib.get_close_matches(name, _ARCHITECTURES, n=1)
+        near = difflib.get_close_matches(name.lower(), _ARCHITECTURES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown model {name!r}; {hint}Models: {', '.join(list_models())}")
     return _ARCHITECTURES[name]

@@ -1,7 +1,9 @@
 """Training of reversible networks on Hugging Face Accelerate."""
 
+from revtrain.batch_size import find_batch_size
 from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
+from revtrain.dry_run import Plan, dry_run
 from revtrain.evaluation import Evaluation, evaluate
 from revtrain.memory import DepthCost, StepCost, compare_memory
 from revtrain.net import NetSpec
@@ -18,12 +20,15 @@ __all__ = [
     "Interrupted",
     "NetSpec",
     "NonFiniteLossError",
+    "Plan",
     "Recipe",
     "Result",
     "StepCost",
     "TrainConfig",
     "compare_memory",
+    "dry_run",
     "evaluate",
+    "find_batch_size",
     "list_recipes",
     "load_recipe",
     "train",

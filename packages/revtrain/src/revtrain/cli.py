@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,11 +13,16 @@ import torch
 from cyclopts import App, CycloptsError, Parameter
 
 from revdata import DataError
+from revtrain.batch_size import find_batch_size
 from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
+from revtrain.dry_run import dry_run as make_plan
+from revtrain.dry_run import print_plan
 from revtrain.evaluation import evaluate
 from revtrain.launch import LaunchError
+from revtrain.listing import print_lists
 from revtrain.nonfinite import NonFiniteLossError
+from revtrain.recipe_flags import RecipeFlags, given
 from revtrain.report import print_result
 from revtrain.signals import Interrupted
 from revtrain.trainer import Trainer
@@ -40,11 +46,16 @@ _FLAGS = {
     "set REVDATA_DIR (or root)": "set REVDATA_DIR (or --data-dir)",
     "download=True": "--download",
     "verify=False": "--no-verify",
+    "name a mirror": "name a mirror (--mirror)",
+    "name another mirror": "name another mirror (--mirror)",
 }
+
+_Config = Annotated[TrainConfig | None, Parameter(name="*")]
+_Flags = Annotated[RecipeFlags | None, Parameter(name="*", group="Recipe")]
 
 
 @app.command(name="train")
-def train_command(config: Annotated[TrainConfig | None, Parameter(name="*")] = None) -> None:
+def train_command(config: _Config = None, flags: _Flags = None, *, dry_run: bool = False) -> None:
     """Train a network and write its run folder.
 
     Ends with the test accuracy, the time per step and, for the reversible networks, the memory of
@@ -57,9 +68,21 @@ def train_command(config: Annotated[TrainConfig | None, Parameter(name="*")] = N
 
     Several processes: accelerate launch --num_processes N -m revtrain train ...; on CPU:
     torchrun --nproc-per-node N -m revtrain train --cpu ...
+
+    Args:
+        config: What to train, on what, and how.
+        flags: Other values than the recipe's.
+        dry_run: Check everything, measure one step, print parameters, memory and steps, and write
+            nothing.
     """
     try:
-        trainer = Trainer(config or TrainConfig())
+        chosen = _chosen(config, flags)
+        if dry_run:
+            plan = make_plan(chosen)
+            if _is_first():
+                print_plan(plan)
+            return
+        trainer = Trainer(chosen)
     except _BAD_INPUT as error:
         _stop(error, 2)
     try:
@@ -95,11 +118,50 @@ def evaluate_command(
         result = evaluate(run, data=data, data_dir=data_dir, cpu=cpu)
     except _BAD_INPUT as error:
         _stop(error, 2)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_first():
         print(
             f"{result.data} {result.split} accuracy {result.accuracy:.2%} "
             f"({result.images:,} images, loss {result.loss:.4f})"
         )
+
+
+@app.command(name="list")
+def list_command() -> None:
+    """List the networks, the data sets and the recipes."""
+    print_lists()
+
+
+@app.command(name="find-batch")
+def find_batch_command(
+    config: _Config = None, flags: _Flags = None, *, largest: int = 8192
+) -> None:
+    """Find the largest batch whose training step fits into the GPU's memory.
+
+    Tries a number and its halves, in the network and precision that the flags of train choose, by
+    Accelerate's find_executable_batch_size. Needs no data.
+
+    Args:
+        config: What would be trained.
+        flags: Other values than the recipe's.
+        largest: Where to begin.
+    """
+    try:
+        size = find_batch_size(_chosen(config, flags), largest=largest)
+    except _BAD_INPUT as error:
+        _stop(error, 2)
+    print(
+        f"{size} images fit (of {largest} and its halves): --batch-size {size}, times the number "
+        "of processes"
+    )
+
+
+def _chosen(config: TrainConfig | None, flags: RecipeFlags | None) -> TrainConfig:
+    """Joins the flags of both kinds."""
+    return replace(config or TrainConfig(), overrides=given(flags))
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def main() -> None:

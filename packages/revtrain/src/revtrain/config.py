@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from revtrain.recipe import Recipe, load_recipe
+from revtrain.recipe import Recipe, load_recipe, refuse_unknown_key
+from revtrain.tracking import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class TrainConfig:
     """Images per step over all processes together, instead of the recipe's."""
     lr: float | None = None
     """Learning rate (or its peak), instead of the recipe's."""
+    overrides: Annotated[Mapping[str, Any], Parameter(parse=False)] = field(default_factory=dict)
+    """Other values instead of the recipe's, by key. On the command line each is a flag of its
+    own."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
     blocks: tuple[int, int, int] | None = None
@@ -71,10 +76,14 @@ class TrainConfig:
     cpu: bool = False
     """Train on the CPU even where there is an accelerator."""
     data_dir: Path | None = None
-    """Folder of the data. Default: the environment variable REVDATA_DIR, else a cache folder."""
-    download: bool = False
+    """Folder of the data, or the path of an official archive. Default: the environment variable
+    REVDATA_DIR, else a cache folder."""
+    download: Annotated[bool | None, Parameter(negative="--no-download")] = None
     """Download the data set if its files are not there. This is the default where neither
-    --data-dir nor REVDATA_DIR names a folder."""
+    --data-dir nor REVDATA_DIR names a folder, and where --mirror is given."""
+    mirror: str | None = None
+    """URL or path of a folder to download from, instead of the data set's publisher. Default: the
+    environment variable REVDATA_MIRROR."""
     verify: Annotated[bool, Parameter(negative="--no-verify")] = True
     """Compare the data's checksums. --no-verify reads repackaged files."""
     out: Path | None = None
@@ -88,6 +97,9 @@ class TrainConfig:
     """Steps between two checkpoints. Default: the steps of an epoch."""
     deterministic: bool = False
     """Use only kernels that give the same bits each time, on a GPU too. Some are slower."""
+    log_with: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    """Send the metrics to TensorBoard, wandb or another of Accelerate's trackers as well, by name.
+    metrics.jsonl is always written."""
     memory: Annotated[bool, Parameter(negative="--no-memory")] = True
     """At the end, measure activation memory and time per step against stored activations, over
     depth. For the reversible networks."""
@@ -112,6 +124,7 @@ class TrainConfig:
             if value not in choices:
                 listed = ", ".join(str(choice) for choice in choices if choice)
                 raise ValueError(f"{name} (={value!r}) must be one of {listed}")
+        check_trackers(self.log_with)
         # A wrong recipe or override is an error here, not at its first use.
         self.resolved_recipe  # noqa: B018
 
@@ -119,14 +132,16 @@ class TrainConfig:
     def resolved_recipe(self) -> Recipe:
         """The recipe with this configuration's overrides."""
         assert self.recipe is not None
-        recipe = load_recipe(self.recipe)
-        if self.epochs is not None:
-            recipe = replace(recipe, epochs=self.epochs, steps=None)
-        if self.batch_size is not None:
-            recipe = replace(recipe, batch_size=self.batch_size)
-        if self.lr is not None:
-            recipe = replace(recipe, lr=self.lr)
-        return recipe
+        values = dict(self.overrides)
+        for key in ("epochs", "batch_size", "lr"):
+            if getattr(self, key) is not None:
+                values[key] = getattr(self, key)
+        for key in values:
+            refuse_unknown_key(key)
+        # One length replaces the other; who gives both is told so.
+        if "steps" in values or "epochs" in values:
+            values = {"steps": None, "epochs": None, **values}
+        return replace(load_recipe(self.recipe), **values)
 
     @property
     def run_folder(self) -> Path:

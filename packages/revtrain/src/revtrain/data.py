@@ -13,14 +13,23 @@ from revtrain.net import memory_format
 
 
 def load_images(
-    name: str, split: str, *, data_dir: Path | None, verify: bool, download: bool = False
+    name: str,
+    split: str,
+    *,
+    data_dir: Path | None,
+    verify: bool,
+    download: bool | None = None,
+    mirror: str | None = None,
 ) -> ImageSet:
     """Loads a split; `revdata.DataError` says what is wrong.
 
-    Where no folder was named, nobody can have put files there, and they are downloaded.
+    Where no folder was named, nobody can have put files there, and they are downloaded, as where a
+    mirror was named. Several processes may call this at once: one of them downloads.
     """
-    named = data_dir is not None or bool(os.environ.get("REVDATA_DIR"))
-    return revdata.load(name, split, root=data_dir, verify=verify, download=download or not named)
+    if download is None:
+        named = data_dir is not None or bool(os.environ.get("REVDATA_DIR"))
+        download = mirror is not None or not named
+    return revdata.load(name, split, root=data_dir, verify=verify, download=download, mirror=mirror)
 
 
 def refuse_more_classes(images: ImageSet, num_classes: int) -> None:

@@ -98,9 +98,7 @@ def _cost(spec: NetSpec, x: Tensor, labels: Tensor, accelerator: Accelerator) ->
     times: dict[bool, list[float]] = {True: [], False: []}
     for reversing in times:
         revcore.set_reversing(net, reversing)
-        # The first step allocates the gradients, which are no activations.
-        _step(net, x, labels, accelerator)
-        bytes_[reversing] = _bytes(net, x, labels, accelerator)
+        bytes_[reversing] = activation_bytes(net, x, labels, accelerator)
     deadline = time.perf_counter() + _SECONDS_PER_DEPTH
     for _ in range(_ROUNDS):
         for reversing, seconds in times.items():
@@ -131,7 +129,15 @@ def _step(net: nn.Module, x: Tensor, labels: Tensor, accelerator: Accelerator) -
     _loss(net, x, labels, accelerator).backward()
 
 
-def _bytes(net: nn.Module, x: Tensor, labels: Tensor, accelerator: Accelerator) -> tuple[int, int]:
+def activation_bytes(
+    net: nn.Module, x: Tensor, labels: Tensor, accelerator: Accelerator
+) -> tuple[int, int]:
+    """Measures one step: the bytes that its forward pass leaves behind, and the most alive at once.
+
+    Neither counts the parameters, their gradients or the batch. Gradients are added to.
+    """
+    # The first step allocates the gradients, which are no activations.
+    _step(net, x, labels, accelerator)
     with revcore.track_memory() as memory:
         loss = _loss(net, x, labels, accelerator)
         after_forward = memory.live_bytes

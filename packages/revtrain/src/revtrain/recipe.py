@@ -178,18 +178,25 @@ def load_recipe(name: str) -> Recipe:
 
 def _parse(text: str) -> Recipe:
     values = tomllib.loads(text)
-    known = [field.name for field in fields(Recipe)]
     for key in values:
-        if key not in known:
-            raise ValueError(
-                f"unknown key {key!r}: {_nearest(key, known)}known: {', '.join(known)}"
-            )
+        refuse_unknown_key(key)
     for field in fields(Recipe):
         if field.default is MISSING and field.name not in values:
             raise ValueError(f"the key {field.name!r} is missing")
     return Recipe(**values)
 
 
+def refuse_unknown_key(key: str) -> None:
+    """Raises if a recipe has no such key.
+
+    Raises:
+        ValueError: It names the nearest that there is.
+    """
+    known = [field.name for field in fields(Recipe)]
+    if key not in known:
+        raise ValueError(f"unknown key {key!r}: {_nearest(key, known)}known: {', '.join(known)}")
+
+
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""

@@ -36,6 +36,7 @@ from revtrain.run_folder import RunFolder
 from revtrain.signals import Interrupted, StopSignals
 from revtrain.step import TrainStep
 from revtrain.sync_batchnorm import synchronize_batchnorm
+from revtrain.tracking import tracking
 
 
 def train(config: TrainConfig) -> Result:
@@ -89,18 +90,19 @@ class Trainer:
         device = accelerator.device
 
         train_split, self.test_split = ("fit", "val") if config.val else ("train", "test")
-        # The others of a machine wait: what has to be downloaded is downloaded once.
-        with accelerator.local_main_process_first():
-            train_images, test_images = (
-                load_images(
-                    config.data,
-                    split,
-                    data_dir=config.data_dir,
-                    verify=config.verify,
-                    download=config.download,
-                )
-                for split in (train_split, self.test_split)
+        # All processes at once: a lock makes one of them download. In a barrier the others would
+        # wait for longer than a process group allows.
+        train_images, test_images = (
+            load_images(
+                config.data,
+                split,
+                data_dir=config.data_dir,
+                verify=config.verify,
+                download=config.download,
+                mirror=config.mirror,
             )
+            for split in (train_split, self.test_split)
+        )
         num_classes = config.num_classes or len(train_images.classes)
         refuse_more_classes(train_images, num_classes)
         self.train_loader = make_loader(
@@ -173,19 +175,22 @@ class Trainer:
         if self.config.resume and self.folder.finished:
             summary, metrics = self.folder.read_results()
             return Result(self.folder.path, summary, metrics, read_memory(self.folder.memory))
+        description = self._description()
         if self._resumed is not None:
             self._go_on(self._resumed)
         elif main:
-            self.folder.start(self._description())
+            self.folder.start(description)
         state = self.state
         with (
             StopSignals() as signals,
             TrainProgress(self.total_steps, self.epochs, enabled=main) as progress,
+            tracking(accelerator, self.config.log_with, self.folder.path, description) as log,
         ):
             if self._resumed is not None:
                 progress.say(f"going on after step {state.step} of {self.total_steps}")
             for epoch in range(len(state.records), self.epochs):
                 record = self._epoch(epoch, progress, signals)
+                log(record)
                 self._epoch_done(record, progress)
         summary = summarize(
             self.config,
