@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from revcore.replay import Replay
-from revcore.versions import version
 from revcore.step import Step
 from revcore.streams import Streams
+from revcore.versions import version
 
 _SECOND_TIME = (
     "Trying to backward through a reversible chain a second time, after its saved outputs have "
