@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from revcore.compiled import run_compiled
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
@@ -103,6 +104,8 @@ class _StepNode(torch.autograd.Function):
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
     """Runs steps: reversed where a chain is recording in this thread, stored otherwise."""
+    if torch.compiler.is_compiling():
+        return run_compiled(steps, (), streams, kwargs, reversing=False)
     call = _thread.call
     if call is None:
         call = _Call(None)
