@@ -144,11 +144,14 @@ def test_a_loss_that_is_no_number_ends_the_run(train, tmp_path):
 def test_fresh_replaces_a_run_and_nothing_else(train, tmp_path):
     train()
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "logs").mkdir()
+    (tmp_path / "run" / "logs" / "events").write_text("of the old run")
     with pytest.raises(FileExistsError, match="--fresh"):
         train()
     train(fresh=True, epochs=1)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "logs").exists()
 
 
 def test_cifar10(train, cifar10):

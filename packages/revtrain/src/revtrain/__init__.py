@@ -3,6 +3,7 @@
 from revtrain.batch_size import find_batch_size
 from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
+from revtrain.drift import DriftError
 from revtrain.dry_run import Plan, dry_run
 from revtrain.evaluation import Evaluation, evaluate
 from revtrain.memory import DepthCost, StepCost, compare_memory
@@ -16,6 +17,7 @@ from revtrain.trainer import train
 __all__ = [
     "CheckpointError",
     "DepthCost",
+    "DriftError",
     "Evaluation",
     "Interrupted",
     "NetSpec",

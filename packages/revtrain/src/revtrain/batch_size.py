@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate.utils import find_executable_batch_size
@@ -54,7 +55,9 @@ def find_batch_size(config: TrainConfig, *, largest: int = 8192) -> int:
     model = to_device(spec.build(reversing=not config.stored), device)
     recipe = config.resolved_recipe
     optimizer = make_optimizer(model, recipe)
-    prepared = accelerator.prepare(model, optimizer, make_scheduler(optimizer, recipe, 1))
+    prepared: tuple[Any, Any, Any] = accelerator.prepare(
+        model, optimizer, make_scheduler(optimizer, recipe, 1)
+    )
 
     def train(batch_size: int) -> None:
         x = torch.randn(batch_size, *info.shape, device=device)

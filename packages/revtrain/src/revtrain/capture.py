@@ -88,20 +88,22 @@ class CapturedCall:
             self._shapes = shapes
             self._inputs = [torch.empty_like(x) for x in inputs]
         if shapes != self._shapes:
-            return self._on_side_stream(inputs)
+            return self.launch(*inputs)
         for static, x in zip(self._inputs, inputs, strict=True):
             static.copy_(x)
         if self._graph is None:
             self._calls += 1
             if self._calls <= _WARM_UP or not self._capture():
-                return self._on_side_stream(self._inputs)
+                return self.launch(*self._inputs)
         assert self._graph is not None
         self._graph.replay()
         return self._outputs
 
-    def _on_side_stream(self, inputs: tuple[Tensor, ...] | list[Tensor]) -> Outputs:
+    def launch(self, *inputs: Tensor) -> Outputs:
+        """Calls the function from Python, also between replays; the graph stays as it is."""
+        if self._stream is None or self.why_not is not None:
+            return self._function(*inputs)
         # Where the graph is captured: what autograd remembers of streams must fit.
-        assert self._stream is not None
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):

@@ -16,6 +16,7 @@ from revdata import DataError
 from revtrain.batch_size import find_batch_size
 from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
+from revtrain.drift import DriftError
 from revtrain.dry_run import dry_run as make_plan
 from revtrain.dry_run import print_plan
 from revtrain.evaluation import evaluate
@@ -87,7 +88,7 @@ def train_command(config: _Config = None, flags: _Flags = None, *, dry_run: bool
         _stop(error, 2)
     try:
         result = trainer.run()
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, DriftError) as error:
         _stop(error, 1)
     except OSError as error:
         if error.errno not in _DISK_FULL:

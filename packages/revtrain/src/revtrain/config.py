@@ -95,6 +95,13 @@ class TrainConfig:
     stopped; start it if there is none."""
     save_every: int | None = None
     """Steps between two checkpoints. Default: the steps of an epoch."""
+    drift_every: int | None = None
+    """Steps between two measurements of how far reconstructed activations are from the true ones;
+    the worst of an epoch is its drift in metrics.jsonl. A measured step takes the memory of stored
+    activations; results are the same. For the reversible networks. Default: no measurement."""
+    drift_bound: float | None = None
+    """Stop with an error where the drift is larger: the norm of the difference over that of the
+    true activations. Default: go on."""
     deterministic: bool = False
     """Use only kernels that give the same bits each time, on a GPU too. Some are slower."""
     log_with: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
@@ -107,12 +114,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.recipe is None:
             object.__setattr__(self, "recipe", "digits" if self.data == "digits" else "fast")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes (={self.num_classes}) must be at least 1")
-        if self.save_every is not None and self.save_every < 1:
-            raise ValueError(f"save_every (={self.save_every}) must be at least 1")
-        if self.accumulate is not None and self.accumulate < 1:
-            raise ValueError(f"accumulate (={self.accumulate}) must be at least 1")
+        for name in ("num_classes", "save_every", "accumulate", "drift_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} (={value}) must be at least 1")
+        _check_drift_bound(self.drift_bound, self.drift_every)
         if self.resume and self.fresh:
             raise ValueError("resume and fresh: give one of them")
         if self.seed < 0:
@@ -151,3 +157,12 @@ class TrainConfig:
         assert self.recipe is not None
         recipe = Path(self.recipe).stem if self.recipe.endswith(".toml") else self.recipe
         return Path("runs") / f"{self.data}-{self.model}-{recipe}-seed{self.seed}"
+
+
+def _check_drift_bound(bound: float | None, every: int | None) -> None:
+    if bound is None:
+        return
+    if not bound >= 0:  # NaN is not
+        raise ValueError(f"drift_bound (={bound}) must be at least 0")
+    if every is None:
+        raise ValueError(f"drift_bound (={bound}) needs a measurement: give drift_every, too")

@@ -12,6 +12,7 @@ from typing import Any
 _IMMATERIAL = {
     *("data_dir", "download", "mirror", "verify"),
     *("out", "fresh", "resume", "save_every", "memory", "log_with"),
+    *("drift_every", "drift_bound"),
 }
 # Fields that are compared as what becomes of them: the recipe's values, the network's sizes, the
 # device and its precision.
@@ -32,6 +33,7 @@ class RunState:
         lr: Learning rate of the last step.
         seconds: Time that the present epoch has taken.
         sums: What `Meter.sums` returned in the present epoch; empty before its first step.
+        drift: The worst drift of the present epoch; None if none was measured.
     """
 
     step: int = 0
@@ -39,6 +41,7 @@ class RunState:
     lr: float = 0.0
     seconds: float = 0.0
     sums: list[list[float]] = field(default_factory=list)
+    drift: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON values."""

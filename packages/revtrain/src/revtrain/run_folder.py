@@ -25,6 +25,7 @@ class RunFolder:
         weights: `model.safetensors`: the final weights, and what the network is built from.
         summary: `summary.json`: the results.
         memory: `memory.json`: memory and time over depth.
+        logs: `logs`: what trackers wrote.
         checkpoints: `checkpoints`: what the run goes on from after it was stopped.
     """
 
@@ -35,6 +36,7 @@ class RunFolder:
         self.weights = path / "model.safetensors"
         self.summary = path / "summary.json"
         self.memory = path / "memory.json"
+        self.logs = path / "logs"
         self.checkpoints = path / "checkpoints"
 
     def plots(self, name: str) -> tuple[Path, Path]:
@@ -76,6 +78,8 @@ class RunFolder:
         Files of other names are not touched.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.started:  # else they are not of a run
+            shutil.rmtree(self.logs, ignore_errors=True)
         for old in (
             *(self.config, self.metrics, self.weights, self.summary, self.memory),
             *self.plots("curve"),

@@ -17,6 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 
+from revcore import track_drift
 from revtrain.accumulate import forward_backward
 from revtrain.capture import CapturedCall, why_not_capture
 from revtrain.guard import Guard
@@ -84,6 +85,11 @@ class TrainStep:
         """The most bytes allocated while the graph was captured; its replays use as many."""
         return self._step.peak_bytes
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was bad, and so changed nothing. Waits for the device."""
+        return self._guard.bad_steps() > 0
+
     def reset(self) -> None:
         """Drops the CUDA graph, to be made anew by the next steps.
 
@@ -95,12 +101,17 @@ class TrainStep:
     def __call__(self, x: Tensor, labels: Tensor, meter: Meter) -> None:
         """Takes one step on this process's slice of a batch, and adds its loss to `meter`.
 
+        In `revcore.track_drift()` it is launched from Python: the same arithmetic.
+
         Raises:
             NonFiniteLossError: A step before, or this one, was bad.
         """
         for lr, group in zip(self._lrs, self._optimizer.param_groups, strict=True):
             lr.fill_(group["lr"])
-        loss, logits, labels = self._step(x, labels)
+        # A replay runs nothing on the host, and so measures nothing.
+        measured = track_drift.current is not None
+        take = self._step.launch if measured else self._step
+        loss, logits, labels = take(x, labels)
         self._scheduler.step()
         meter.update(loss, logits, labels)
         self._calls += 1

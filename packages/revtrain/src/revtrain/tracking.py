@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from revtrain.run_folder import RunFolder
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -36,22 +37,22 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(
-    accelerator: Accelerator, names: Sequence[str], folder: Path, description: dict[str, Any]
+    accelerator: Accelerator, names: Sequence[str], folder: RunFolder, description: dict[str, Any]
 ) -> Iterator[Log]:
     """Starts the trackers, gives the function that logs an epoch, and ends them.
 
     Args:
         accelerator: Runs them, on its main process alone.
         names: Those that `check_trackers` let pass; none is none.
-        folder: The run folder; those that write files do so in its folder `logs`.
+        folder: The run folder; those that write files do so in its `logs`.
         description: What `config.json` holds.
     """
     if not names:
         yield lambda _: None
         return
     accelerator.log_with = list(names)
-    accelerator.project_configuration.set_directories(str(folder))
-    accelerator.project_configuration.logging_dir = str(folder / "logs")
+    accelerator.project_configuration.set_directories(str(folder.path))
+    accelerator.project_configuration.logging_dir = str(folder.logs)
     accelerator.init_trackers("revtrain", config=_flat(description))
 
     def log(record: dict[str, Any]) -> None:

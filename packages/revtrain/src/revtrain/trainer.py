@@ -19,6 +19,7 @@ from revtrain.checkpoints import CheckpointError, Checkpoints
 from revtrain.config import TrainConfig
 from revtrain.data import load_images, make_loader, refuse_more_classes
 from revtrain.deterministic import deterministic
+from revtrain.drift import DriftWatch
 from revtrain.evaluation import BATCH_SIZE, Evaluator
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
@@ -59,6 +60,7 @@ def train(config: TrainConfig) -> Result:
         CheckpointError: All checkpoints of the run that `config.resume` asks for are damaged.
         revdata.DataError: The data are missing or damaged.
         NonFiniteLossError: The loss or a gradient is no longer a number.
+        DriftError: Reconstructed activations are further off than `config.drift_bound`.
         Interrupted: SIGTERM or Ctrl-C stopped the run, between two steps and with a checkpoint.
             Python exits with status 143 or 130 if nothing catches it.
     """
@@ -151,6 +153,9 @@ class Trainer:
         # of batches here.
         net = accelerator.unwrap_model(self.model)
         self.evaluator = Evaluator(net, accelerator, graph=config.graph)
+        self.drift = DriftWatch(
+            net, self.step, accelerator, every=config.drift_every, bound=config.drift_bound
+        )
 
         self.state = RunState()
         self.checkpoints = Checkpoints(self.folder.checkpoints, accelerator)
@@ -184,7 +189,7 @@ class Trainer:
         with (
             StopSignals() as signals,
             TrainProgress(self.total_steps, self.epochs, enabled=main) as progress,
-            tracking(accelerator, self.config.log_with, self.folder.path, description) as log,
+            tracking(accelerator, self.config.log_with, self.folder, description) as log,
         ):
             if self._resumed is not None:
                 progress.say(f"going on after step {state.step} of {self.total_steps}")
@@ -219,6 +224,7 @@ class Trainer:
             self.accelerator.backward(F.cross_entropy(self.model(x), labels))
             self.optimizer.zero_grad()
         self.state = RunState(**self.checkpoints.load(path))
+        self.drift.worst = self.state.drift
         if self.accelerator.is_main_process:
             self.folder.go_on(self.state.step, provenance(self.accelerator))
             self.folder.write_metrics(self.state.records)
@@ -234,7 +240,8 @@ class Trainer:
         self.model.train()
         for x, labels in self._batches(epoch):
             state.lr = self.scheduler.get_last_lr()[0]
-            self.step(x, labels, meter)
+            with self.drift.around(state.step + 1):
+                self.step(x, labels, meter)
             state.step += 1
             state.seconds = time.perf_counter() - started
             progress.step_done(state.step, epoch + 1, meter, state.seconds)
@@ -247,7 +254,7 @@ class Trainer:
         seconds = state.seconds = time.perf_counter() - started
         steps = state.step - epoch * self.steps_per_epoch
         tested = self._evaluate(lambda: self._stop_if_told(signals, meter, progress))
-        return {
+        record = {
             "epoch": epoch + 1,
             "step": state.step,
             "train_loss": averages.loss,
@@ -262,12 +269,13 @@ class Trainer:
                 device, self.step.peak_bytes, self.evaluator.peak_bytes
             ),
         }
+        return record | ({"drift": self.drift.worst} if self.config.drift_every else {})
 
     def _epoch_done(self, record: dict[str, Any], progress: TrainProgress) -> None:
         """Writes a record and, unless other steps were asked for, a checkpoint."""
         state = self.state
         state.records.append(record)
-        state.seconds, state.sums = 0.0, []
+        state.seconds, state.sums, self.drift.worst = 0.0, [], None
         progress.epoch_done(record, self.test_split)
         if self.accelerator.is_main_process:
             try:
@@ -298,6 +306,7 @@ class Trainer:
         """Writes a checkpoint, amid an epoch if there is a meter; a full disk ends no run."""
         self.step.check()  # after a bad step, the last checkpoint is the good one
         self.state.sums = meter.sums(self.accelerator) if meter else []
+        self.state.drift = self.drift.worst
         try:
             self.checkpoints.save(self.state.step, self.state.to_json())
         except CheckpointError as error:
