@@ -244,15 +244,15 @@ def several_checks(record: dict[str, Any]) -> list[tuple[str, bool]]:
         gaps = curve["several_against_one"]
         first = gaps["first_steps_largest_relative_difference_of_loss"]
         twin = curve["one_stored_against_one"]["largest_relative_difference_of_loss"]
+        losses = (
+            f"The loss of one GPU: first steps within {first:.1g} of it; all "
+            f"{len(curve['one']['step_losses'])} within "
+            f"{gaps['largest_relative_difference_of_loss']:.1g} (one GPU, stored: {twin:.1g})"
+        )
         checks = [
             ("The samples of one GPU in each step", curve["same_samples"]),
             ("The same weights on all ranks at the end", curve["ranks_have_the_same_weights"]),
-            (
-                f"The loss of one GPU: first steps within {first:.1g} of it; all "
-                f"{len(curve['one']['step_losses'])} within "
-                f"{gaps['largest_relative_difference_of_loss']:.1g} (one GPU, stored: {twin:.1g})",
-                curve["good"],
-            ),
+            (losses, curve["good"]),
         ]
     if "compared" in resume:
         text = f"The same bits, one rank killed, resumed after step {resume['resumed_after_step']}"

@@ -193,7 +193,7 @@ def speed(parts: Parts) -> dict[str, Any]:
             *(*words, "--seconds", max(1.0, seconds - 40)),
             seconds=seconds,
         )
-    rows = [row for run in result.values() for row in run["rows"]]
+    rows = [row for run in result.values() for row in (*run["rows"], *run["readiness"])]
     return {
         "batch_size_of_a_process": chosen.speed_batch_size,
         "precision": chosen.precision,
