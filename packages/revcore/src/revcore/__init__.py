@@ -2,6 +2,7 @@
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling, bounded_adapter, exp_adapter, sigmoid_adapter
+from revcore.check import BlockCheck, InvertibilityReport, check_invertible
 from revcore.coupling import Coupling
 from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
@@ -11,13 +12,16 @@ from revcore.sequential import ReversibleBlock, ReversibleSequential, set_revers
 __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
+    "BlockCheck",
     "Coupling",
     "FixedPointCoupling",
     "HalfStep",
+    "InvertibilityReport",
     "ReversibleBlock",
     "ReversibleSequential",
     "Scheme",
     "bounded_adapter",
+    "check_invertible",
     "exp_adapter",
     "set_reversing",
     "sigmoid_adapter",

@@ -245,7 +245,12 @@ class ReversibleSequential(nn.Sequential):
         return streams
 
     def extra_repr(self) -> str:
-        return f"split_dim={self.split_dim}, reversing={self.reversing}"
+        kept = sum(bool(getattr(block, "keep_input", False)) for block in self)
+        stores = f"output and {kept} kept inputs" if self.reversing else "all activations"
+        return (
+            f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
+            f"stores={stores!r}"
+        )
 
 
 def _is_ours(block: nn.Module) -> TypeGuard[ReversibleBlock | Coupling | ReversibleSequential]:
