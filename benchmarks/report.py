@@ -18,7 +18,7 @@ from revtrain.plots import plot_memory
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "index.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "when-not.md"]
 
 
 def main() -> None:
@@ -43,7 +43,14 @@ def main() -> None:
 
 def fill(text: str) -> str:
     """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
-    tables = {"caption": caption, "digits": digits, "runs": runs}
+    tables = {
+        "caption": caption,
+        "depth": depth,
+        "digits": digits,
+        "overhead": overhead,
+        "runs": runs,
+        "ways": ways,
+    }
 
     def replacement(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
@@ -110,6 +117,47 @@ def caption() -> str:
         f"{first.stored.activation_bytes / 1e6:,.0f} to {last.stored.activation_bytes / 1e6:,.0f} "
         f"MB stored, and from {first.reversing.activation_bytes / 1e6:,.1f} to "
         f"{last.reversing.activation_bytes / 1e6:,.1f} MB reversed."
+    )
+
+
+def depth() -> str:
+    """Returns memory and time over depth on a GPU."""
+    record = read("depth.json")
+    return f"{record['model']} on {hardware(record)}, eager:\n\n{cost_table(record)}"
+
+
+def overhead() -> str:
+    """Returns what a branch costs that computes next to nothing."""
+    parts = []
+    for name in ("overhead-cpu.json", "overhead-cuda.json"):
+        record = read(name)
+        rows = [
+            [branch, *(f"{value:.0f}" for value in times.values())]
+            for branch, times in record["microseconds"].items()
+        ]
+        ways_ = ", ".join(next(iter(record["microseconds"].values())))
+        parts.append(f"{hardware(record)}:\n\n{table(f'branch, {ways_}', rows)}")
+    return "\n\n".join(parts)
+
+
+def ways() -> str:
+    """Returns the costs of storing, checkpointing and reversing the same blocks."""
+    record = read("ways-cpu.json")
+    stored = record["ways"]["stored"]["step_seconds"]
+    rows = [
+        [
+            way.replace(",", ":"),
+            f"{cost['activation_bytes'] / 1e6:,.1f}",
+            f"{cost['peak_bytes'] / 1e6:,.1f}",
+            f"{cost['step_seconds'] / stored:.2f}",
+        ]
+        for way, cost in record["ways"].items()
+    ]
+    batch = "x".join(map(str, record["batch"]))
+    return (
+        f"{record['blocks']} blocks, a batch of {batch}, on {hardware(record)}, by "
+        f"`{record['command']}`:\n\n"
+        + table("way, kept MB, peak MB, time of a step / that of storing", rows)
     )
 
 

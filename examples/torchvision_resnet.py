@@ -3,9 +3,9 @@
     python examples/torchvision_resnet.py
 
 A residual block `relu(x + f(x))` cannot be undone. Two that follow each other can, as the branches
-of one coupling over two streams, if the ReLU after the sum moves to the beginning of `f`. That is
-another network than before, of the same modules and as many parameters: train it from scratch or
-fine-tune it. Blocks that change the shape stay as they are.
+of one coupling over two streams, without the ReLU after the sum. That is another network than
+before, of the same modules and as many parameters: train it from scratch or fine-tune it. Blocks
+that change the shape stay as they are. In float64, so that the losses can be compared.
 """
 
 import torch
@@ -26,7 +26,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         block = self.block
-        x = block.relu(block.bn1(block.conv1(F.relu(x))))
+        x = block.relu(block.bn1(block.conv1(x)))
         y: Tensor = block.bn2(block.conv2(x))
         return y
 
@@ -58,15 +58,16 @@ def make_reversible(net: ResNet) -> ResNet:
 def train(*, reversing: bool, steps: int = 8) -> tuple[list[float], float]:
     torch.manual_seed(0)
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
+    images = torch.tensor(digits.images, dtype=torch.float64)[:, None].expand(-1, 3, -1, -1) / 16
     labels = torch.tensor(digits.target)
-    net = make_reversible(ResNet(BasicBlock, [9, 9, 3, 3], num_classes=10))
+    net = make_reversible(ResNet(BasicBlock, [9, 5, 3, 3], num_classes=10))
+    net = net.double()
     net.maxpool = nn.Identity()  # the images are small
     set_reversing(net, reversing)
-    optimizer = torch.optim.SGD(net.parameters(), 0.005, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
     losses, kept = [], 0
     for step in range(steps):
-        batch = slice(32 * step, 32 * step + 32)
+        batch = slice(16 * step, 16 * step + 16)
         x = F.interpolate(images[batch], size=16, mode="bilinear")
         if step == 0:
             with track_memory() as memory:
@@ -87,8 +88,7 @@ def main() -> None:
     print(f"kept after forward: {kept:.1f} MiB reversed, {kept_stored:.1f} MiB stored")
     print("loss reversed: " + " ".join(f"{loss:.4f}" for loss in ours))
     print("loss stored:   " + " ".join(f"{loss:.4f}" for loss in plain))
-    assert abs(ours[0] - plain[0]) < 1e-6
-    assert abs(ours[-1] - plain[-1]) < 0.1 * plain[0]
+    assert abs(ours[-1] - plain[-1]) < 1e-6
     assert kept < kept_stored / 1.5
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from revcore import ReversibleBlock, ReversibleSequential, set_reversing, track_memory
 
-WIDTH, HEADS, LAYERS, STEPS, BATCH = 32, 4, 4, 150, 64
+WIDTH, HEADS, LAYERS, STEPS, BATCH = 32, 4, 4, 100, 64
 
 
 class Attention(nn.Module):

@@ -77,6 +77,9 @@ def check_invertible(
 ) -> InvertibilityReport:
     """Runs a module and checks everything with an `inverse` in it on the input that it sees.
 
+    A ReLU that reads exact zeros may get other gradients there when they are reconstructed as
+    almost zeros; that counts as a difference too.
+
     Each such block is run twice, back, and with gradients, reversing and storing. One that draws
     random numbers, as dropout does, is inverted in evaluation mode. All this happens to copies, so
     that the module and torch's random states are left as they are.
