@@ -23,7 +23,7 @@ from revcore import (
     track_memory,
 )
 
-BLOCKS, STEPS = 6, 120
+BLOCKS, STEPS = 6, 300
 
 
 class LogDet(nn.Module):

@@ -26,7 +26,7 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], labels[train], images[test], labels[test]
 
 
-def train(*, reversing: bool, epochs: int = 4) -> tuple[nn.Module, float, float]:
+def train(*, reversing: bool, epochs: int = 8) -> tuple[nn.Module, float, float]:
     torch.manual_seed(0)
     images, labels, *_ = load()
     net = RevNet("basic", (4, 4), (8, 8, 16), in_channels=1, reversing=reversing)

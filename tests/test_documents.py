@@ -19,7 +19,7 @@ DOCUMENTS = sorted(
 # Any spelling that a reader would see as Python. Sybil runs the plain one, "```python", alone. A
 # file of examples/, included as a whole, is run by test_examples.py.
 FENCE = re.compile(
-    r"(?im)^\s*(?:`{3,}|~{3,})[ {.]*(?:py\b|py3\b|python|pycon)(?! title=\"examples/\w+\.py\"$)"
+    r"(?im)^\s*(?:`{3,}|~{3,})[ {.]*(?:py\b|py3\b|python|pycon)(?! title=\"examples/\w+\.py\" }$)"
 )
 
 
