@@ -214,6 +214,13 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session(requires=["build", "torch"], default=False)
+def chaos(session: nox.Session) -> None:
+    """Kill tiny training runs at random moments, resume them and compare bits; -- --kills 300."""
+    install(session, EVERYTHING, *TEST_TOOLS)
+    session.run("python", "benchmarks/chaos.py", *session.posargs)
+
+
+@nox.session(requires=["build", "torch"], default=False)
 def coverage(session: nox.Session) -> None:
     """Measure which lines of the packages their tests run."""
     install(session, EVERYTHING, *TEST_TOOLS, "coverage>=7.10")

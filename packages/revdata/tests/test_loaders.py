@@ -158,6 +158,29 @@ def test_a_sample_does_not_depend_on_the_batch_size(make):
     assert y.equal(y_other)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_may_begin_at_any_batch(make, world_size):
+    options = {"augment": True, "shuffle": True, "seed": 1, "world_size": world_size}
+    dataset = image_set(49)
+    for rank in range(world_size):
+        loader = make(dataset, 12, rank=rank, **options)
+        loader.set_epoch(3)
+        whole = list(loader)
+        for first in range(6):
+            loader.set_epoch(3, first)
+            assert len(loader) == 5
+            rest = list(loader)
+            assert len(rest) == 5 - first
+            for (x, y), (x_whole, y_whole) in zip(rest, whole[first:], strict=True):
+                assert x.equal(x_whole)
+                assert y.equal(y_whole)
+        loader.set_epoch(3)
+        assert len(list(loader)) == 5
+        for first in (-1, 6):
+            with pytest.raises(ArgumentError, match=rf"first_batch \(={first}\)"):
+                loader.set_epoch(3, first)
+
+
 def ranks_together(make, dataset, batch_size, world_size, **options):
     """Joins what the ranks make of each batch."""
     ranks = [

@@ -12,7 +12,7 @@ import revtrain
 from revtrain.cli import main
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,12 +1,14 @@
 """Two processes train as one does with the same global batch."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import TINY, as_flags, launch
+from tiny import TINY, TORCHRUN, as_flags, launch
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+import revdata
+from revtrain.data import make_loader
 
 
 def curve(folder):
@@ -32,6 +34,14 @@ def test_two_processes_train_to_the_loss_curve_of_one(train, tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     accuracy = json.loads((out / "summary.json").read_text())["test_accuracy"]
     assert evaluated.stdout.count(f"accuracy {accuracy:.2%}") == 1
+
+
+def test_any_number_of_processes_can_evaluate():
+    images, seen = revdata.load("digits", "test"), []
+    for rank in range(3):
+        process = SimpleNamespace(num_processes=3, process_index=rank, device=torch.device("cpu"))
+        seen += [labels for _, labels in make_loader(images, 500, process)]
+    assert torch.cat(seen).sort().values.equal(images.labels.sort().values)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerators do not get lost")

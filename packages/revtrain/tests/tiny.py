@@ -17,6 +17,8 @@ TINY = {
     "memory": False,
 }
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
 
 def as_flags(options):
     """Spells keyword arguments of TrainConfig as the command line does."""

@@ -53,7 +53,9 @@ class Coupling(nn.Module, Scheme):
 
         It is called for each pass, so a subclass may decide by its present attributes.
         """
-        return (HalfStep(self, self.f, 0, 1), HalfStep(self, self.g, 1, 0))
+        # nn.Module.__getattr__ takes a microsecond for each of them, in each pass.
+        modules = self._modules
+        return (HalfStep(self, modules["f"], 0, 1), HalfStep(self, modules["g"], 1, 0))
 
     def inverse_half_steps(self) -> Sequence[HalfStep]:
         """Lists the half-steps in the order of the inverse pass."""

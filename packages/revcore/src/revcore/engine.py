@@ -21,10 +21,10 @@ from torch import Tensor
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
-from revcore.slots import version
+from revcore.versions import version
 from revcore.step import Step
 from revcore.streams import Streams, join, split
-from revcore.tape import Record, Tape
+from revcore.tape import Tape
 
 
 class _Call:
@@ -46,10 +46,11 @@ class _Call:
 
     def check(self, streams: Sequence[Tensor]) -> None:
         """Raises if these are not the streams that are expected."""
-        if len(self.tip) != len(streams) or not all(
-            (stream is seen or _same_data(stream, seen)) and version(stream) == count
-            for stream, (seen, count) in zip(streams, self.tip, strict=True)
-        ):
+        same = len(streams) == len(self.tip)
+        for stream, (seen, count) in zip(streams, self.tip):  # noqa: B905 - compared above
+            if (stream is not seen and not _same_data(stream, seen)) or version(stream) != count:
+                same = False
+        if not same:
             raise RuntimeError(
                 "the streams between two blocks of a reversible chain were changed, by a hook or by"
                 " an in-place operation, so the chain cannot be reversed. Make the change a block "
@@ -94,10 +95,10 @@ class _StepNode(torch.autograd.Function):
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         streams = tape.seek(index + 1, retain=retain)
         step, replay = tape.records[index]
-        kept = tape.anchor(index)
-        found, found_leaves = step.backward(replay, streams, kept, grads, ctx.needs_input_grad[2:])
+        needed = ctx.needs_input_grad[2:]
+        found = step.backward(replay, streams, tape.anchor(index), grads, needed)
         tape.leave(index, streams, retain=retain)
-        return (None, None, *found, *found_leaves)
+        return (None, None, *found)
 
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
@@ -123,11 +124,14 @@ def _run(
         if not watch.entered or watch.bits != step.grid:
             current = watch.enter(step.grid, current)
         try:
-            inputs = [dense(current[index]) for index in step.reads]
+            inputs = [current[index] for index in step.reads]
         except IndexError:
             raise ValueError(
                 f"the coupling works on {max(step.reads) + 1} streams or more, got {len(current)}"
             ) from None
+        for index, x in enumerate(inputs):
+            if not x.is_contiguous():
+                inputs[index] = dense(x)
         if tape is None:
             outputs = step.apply(partial(_run_stored, step, kwargs), inputs)
         else:
@@ -142,12 +146,13 @@ def _run(
 def _run_reversed(
     tape: Tape, step: Step, inputs: Sequence[Tensor], kwargs: Mapping[str, Any]
 ) -> Streams:
-    replay = Replay(step.branch, step.call, kwargs, same_graph=step.grid is not None)
-    if not tape.records and not any(x.requires_grad for x in (*inputs, *replay.leaves)):
+    replay = Replay(step.branch, step.call, kwargs, step.grid is not None)
+    records = tape.records
+    if not records and not any(x.requires_grad for x in (*inputs, *replay.leaves)):
         # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
         return step.apply(partial(_run_frozen, step, kwargs), inputs)
-    tape.records.append(Record(step, replay))
-    outputs: Streams = _StepNode.apply(tape, len(tape.records) - 1, *inputs, *replay.leaves)
+    records.append((step, replay))
+    outputs: Streams = _StepNode.apply(tape, len(records) - 1, *inputs, *replay.leaves)
     return outputs
 
 
@@ -257,7 +262,7 @@ def dense(x: Tensor) -> Tensor:
     The halves of a split tensor have gaps, and kernels may give other bits for other strides. A
     reconstructed stream has none, so the branch must never see any.
     """
-    if x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x):
+    if torch.ops.aten.is_non_overlapping_and_dense(x):
         return x
     return x.clone()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,35 +12,59 @@ from torch import Tensor, nn
 _engine = torch.autograd.Variable._execution_engine
 _Leaf = torch._C._functions.AccumulateGrad
 
+# How many nodes the last graph of a branch had, and how many leaves it was allowed. As long as
+# both stay, the graph is not walked again.
+_walked: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
 
-def differentiate(
-    t: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor, branch: nn.Module
-) -> list[Tensor | None]:
-    """Returns the gradients of a branch's output, None where none is needed or there is none.
 
-    Args:
-        t: Output of a branch, with its graph.
-        inputs: The leaves of the graph: what the branch read, and its parameters.
-        needed: For each of them, whether its gradient is needed.
-        grad: Gradient of `t`.
-        branch: The module that computed `t`.
+class Graph(NamedTuple):
+    """The graph of one run of a branch.
 
-    Raises:
-        RuntimeError: If the graph ends in a tensor that is not among the inputs.
+    Attributes:
+        t: The branch's output.
+        leaves: What the branch read, and its parameters.
+        nodes: Number of nodes; None if another graph may have as many.
     """
-    if not t.requires_grad:
-        return [None] * len(inputs)
-    refuse_foreign_leaves(t, inputs, branch)
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    if not wanted:
-        return [None] * len(inputs)
-    if grad.dtype != t.dtype:
-        grad = grad.to(t.dtype)
-    # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:
-    # keep the graph, create one, allow inputs that were not used, accumulate into .grad.
-    gradients = _engine.run_backward((t,), (grad,), False, False, tuple(wanted), True, False)
-    found = iter(gradients)
-    return [next(found) if need else None for need in needed]
+
+    t: Tensor
+    leaves: Sequence[Tensor]
+    nodes: int | None
+
+    def differentiate(
+        self, needed: Sequence[bool], grad: Tensor, branch: nn.Module
+    ) -> Sequence[Tensor | None]:
+        """Returns the gradients of the leaves, None where none is needed or there is none.
+
+        Args:
+            needed: For each leaf, whether its gradient is needed.
+            grad: Gradient of the branch's output.
+            branch: The module.
+
+        Raises:
+            RuntimeError: If the graph ends in a tensor that is not among the leaves.
+        """
+        t, leaves, nodes = self
+        if not t.requires_grad:
+            return [None] * len(leaves)
+        if nodes is None or _walked.get(branch) != (nodes, len(leaves)):
+            refuse_foreign_leaves(t, leaves, branch)
+            if nodes is not None:
+                _walked[branch] = (nodes, len(leaves))
+        if grad.dtype != t.dtype:
+            grad = grad.to(t.dtype)
+        every = all(needed)
+        wanted = leaves if every else [x for x, need in zip(leaves, needed, strict=True) if need]
+        if not wanted:
+            return [None] * len(leaves)
+        # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The
+        # flags: keep the graph, create one, allow inputs that were not used, accumulate into .grad.
+        found: Sequence[Tensor | None] = _engine.run_backward(
+            (t,), (grad,), False, False, tuple(wanted), True, False
+        )
+        if every:
+            return found
+        gradients = iter(found)
+        return [next(gradients) if need else None for need in needed]
 
 
 def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module) -> None:
@@ -58,7 +83,6 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module)
         RuntimeError: Naming the shape of the foreign leaf.
     """
     expected = {id(tensor) for tensor in known}
-    # The walk is made for each step of each pass, so it is written to be short.
     seen: set[Any] = {None}
     nodes: list[Any] = [t.grad_fn]
     for node in nodes:  # grows meanwhile

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from revcore.graph import differentiate
 from revcore.replay import Replay
 from revcore.step import Gradients, Run, Step
 
@@ -104,12 +103,13 @@ class HalfStep(Step):
 
     def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor]:
         a, b = streams
-        return (self._change(a, run(b), back=self.inverted),)
+        change = self.scheme.uncombine if self.inverted else self.scheme.combine
+        return (change(a, run(b)),)
 
     def undo(self, replay: Replay, streams: list[Tensor]) -> None:
         target, source = self.reads
-        t = replay.repeat(streams[source])
-        streams[target] = self._change(streams[target], t, back=not self.inverted)
+        change = self.scheme.combine if self.inverted else self.scheme.uncombine
+        streams[target] = change(streams[target], replay.repeat(streams[source]))
 
     def backward(
         self,
@@ -118,22 +118,19 @@ class HalfStep(Step):
         kept: Sequence[Tensor] | None,
         grads: Sequence[Tensor],
         needed: Sequence[bool],
-    ) -> tuple[Gradients, Gradients]:
+    ) -> Gradients:
         target, source = self.reads
-        leaves, t = replay.repeat_for_gradients(streams[source], needs_x=needed[1])
+        graph = replay.repeat_for_gradients(streams[source], needs_x=needed[1])
         # The graph that gives the branch's output back is the one that is differentiated.
-        value = t.detach()
+        t = graph.t
         if kept is None:
-            a = self._change(streams[target], value, back=not self.inverted)
+            back = self.scheme.combine if self.inverted else self.scheme.uncombine
+            a = back(streams[target], t)
             # What stood there after the step is free before the graph is walked.
             streams[target] = a
         else:
             streams[:] = kept
             a = kept[target]
         vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grad_a, grad_t = vjp(a, value, grads[0])
-        grad_b, *grad_leaves = differentiate(t, leaves, needed[1:], grad_t, self.branch)
-        return [grad_a, grad_b], grad_leaves
-
-    def _change(self, a: Tensor, t: Tensor, *, back: bool) -> Tensor:
-        return self.scheme.uncombine(a, t) if back else self.scheme.combine(a, t)
+        grad_a, grad_t = vjp(a, t, grads[0])
+        return (grad_a, *graph.differentiate(needed[1:], grad_t, self.branch))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from revcore.graph import differentiate
 from revcore.replay import Replay
 from revcore.step import Gradients, Run, Step
 
@@ -61,7 +60,7 @@ class InvertibleStep(Step):
         kept: Sequence[Tensor] | None,
         grads: Sequence[Tensor],
         needed: Sequence[bool],
-    ) -> tuple[Gradients, Gradients]:
+    ) -> Gradients:
         if kept is None:
             with torch.no_grad():
                 self.undo(replay, streams)
@@ -69,12 +68,12 @@ class InvertibleStep(Step):
             streams[:] = kept
         count = len(streams)
         needs_x = any(needed[:count])
-        leaves, t = replay.repeat_for_gradients(self._join(streams), needs_x=needs_x)
+        graph = replay.repeat_for_gradients(self._join(streams), needs_x=needs_x)
         needed = (needs_x, *needed[count:])
-        grad_x, *grad_leaves = differentiate(t, leaves, needed, self._join(grads), self.branch)
+        grad_x, *grad_leaves = graph.differentiate(needed, self._join(grads), self.branch)
         if grad_x is None:
-            return [None] * count, grad_leaves
-        return [*self._split(grad_x, streams)], grad_leaves
+            return (*[None] * count, *grad_leaves)
+        return (*self._split(grad_x, streams), *grad_leaves)
 
     def _join(self, streams: Sequence[Tensor]) -> Tensor:
         return streams[0] if len(streams) == 1 else torch.cat(tuple(streams), self.split_dim)

@@ -70,8 +70,8 @@ class AdditiveCoupling(revcore.AdditiveCoupling):
         NotImplementedError: If an implementation is another number.
     """
 
-    f = property(lambda self: self.Fm)
-    g = property(lambda self: self.Gm)
+    Fm: nn.Module
+    Gm: nn.Module
 
     def __init__(
         self,
@@ -83,6 +83,9 @@ class AdditiveCoupling(revcore.AdditiveCoupling):
     ) -> None:
         super().__init__(Fm, copy.deepcopy(Fm) if Gm is None else Gm, split_dim)
         _name_like_memcnn(self, implementation_fwd, implementation_bwd)
+
+    def half_steps(self) -> Sequence[revcore.HalfStep]:
+        return (revcore.HalfStep(self, self.Fm, 0, 1), revcore.HalfStep(self, self.Gm, 1, 0))
 
 
 class AffineCoupling(revcore.AffineCoupling):
@@ -101,8 +104,8 @@ class AffineCoupling(revcore.AffineCoupling):
         NotImplementedError: If an implementation is another number.
     """
 
-    f = property(lambda self: _Stacked(self.Fm))
-    g = property(lambda self: _Stacked(self.Gm))
+    Fm: nn.Module
+    Gm: nn.Module
 
     def __init__(  # noqa: PLR0917 - MemCNN's arguments
         self,
@@ -118,6 +121,10 @@ class AffineCoupling(revcore.AffineCoupling):
             branches = (adapter(branches[0]), adapter(branches[1]))
         super().__init__(*branches, split_dim, adapter=_unstack)
         _name_like_memcnn(self, implementation_fwd, implementation_bwd)
+
+    def half_steps(self) -> Sequence[revcore.HalfStep]:
+        f, g = _Stacked(self.Fm), _Stacked(self.Gm)
+        return (revcore.HalfStep(self, f, 0, 1), revcore.HalfStep(self, g, 1, 0))
 
 
 class _Stacked(nn.Module):

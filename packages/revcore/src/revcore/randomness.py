@@ -1,45 +1,73 @@
-"""The global random generators: what a branch drew, and drawing it again."""
+"""The global random generators: their states, and drawing the same numbers again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import string_at
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Draw(NamedTuple):
-    """What a run did to one generator.
-
-    Attributes:
-        device: The generator's device.
-        before: Its state before the run.
-        after: Its state after the run.
-    """
+class State(NamedTuple):
+    """The state of a device's generator. Equal states that were read in turn are one object."""
 
     device: torch.device
-    before: Tensor
-    after: Tensor
+    state: Tensor
+    content: bytes
+
+
+States = list[State]
+
+NO_STATES: States = []
+
+# Modules that are known to draw nothing, so that nothing has to be read for them. The list need not
+# be complete.
+_QUIET: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
+        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+    }
+)
+
+
+def draw_nothing(modules: Sequence[nn.Module]) -> bool:
+    """Tells whether these modules are known to draw no random numbers."""
+    return _QUIET.issuperset(map(type, modules)) and not any(
+        [module._forward_hooks or module._forward_pre_hooks for module in modules]
+    )
 
 
 _CPU = torch.device("cpu")
 
+# The state that was read last, by device. A state of the CPU's generator takes 5 kB, and most
+# branches draw nothing, so all of a chain can share one.
+_last: dict[torch.device, State] = {}
 
-def get_states(device: torch.device) -> list[tuple[torch.device, Tensor]]:
-    """Reads the generators that code on `device` can draw from: its own and the CPU's.
+
+def get_states(x: Tensor) -> States:
+    """Reads the generators that code on the device of `x` can draw from: its own and the CPU's.
 
     While a CUDA graph is being captured a generator's state cannot be read, and there is none to
     replay: see `RefuseRandomness`.
     """
-    states = [(_CPU, torch.default_generator.get_state())]
-    if device.type in ("cpu", "meta"):
-        return states
-    if is_capturing(device):
+    if x.is_cpu or x.is_meta:
+        return [_read(_CPU)]
+    if is_capturing(x.device):
         return []
-    return [*states, (device, _get_state(device))]
+    return [_read(_CPU), _read(x.device)]
+
+
+def moved(before: States, after: States) -> bool:
+    """Tells whether a generator is in another state; both were read one after the other."""
+    for one, two in zip(before, after):  # noqa: B905 - of the same device
+        if one is not two:
+            return True
+    return False
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -47,40 +75,37 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def draws_since(states: list[tuple[torch.device, Tensor]]) -> list[Draw]:
-    """Lists the generators that have moved since `states` were read."""
-    draws = []
-    for device, before in states:
-        after = _get_state(device)
-        if not _same(before, after):
-            draws.append(Draw(device, before, after))
-    return draws
+def draw_again(before: States, after: States, run: Callable[[], Tensor], message: str) -> Tensor:
+    """Runs something with the numbers that it drew before, and leaves generators as they were.
 
-
-class OtherDrawsError(Exception):
-    """A repeated run has left a generator elsewhere than the first run did."""
-
-
-@contextmanager
-def draw_again(draws: list[Draw]) -> Iterator[None]:
-    """Replays generators inside the context, and leaves them as they were.
+    Args:
+        before: The generators before the first run.
+        after: The generators after it.
+        run: The second run.
+        message: What the error says.
 
     Raises:
-        OtherDrawsError: If a generator ends elsewhere than the first time.
+        RuntimeError: If it draws other numbers than the first time.
     """
-    outside = [_get_state(device) for device, _, _ in draws]
+    outside = [(device, _get(device)) for device, _, _ in before]
     try:
-        for device, before, _ in draws:
-            _set_state(device, before)
-        yield
-        for device, before, after in draws:
-            now = _get_state(device)
+        for device, state, _ in before:
+            _set(device, state)
+        t = run()
+        if not moved(before, after):
+            return t
+        for (device, _, first), (_, _, last) in zip(before, after):  # noqa: B905 - of the same
             # A state that did not move now was moved by another thread then: no harm.
-            if not _same(now, after) and not _same(now, before):
-                raise OtherDrawsError
+            if _content(_get(device)) not in (last, first):
+                break
+        else:
+            return t
     finally:
-        for (device, _, _), state in zip(draws, outside, strict=True):
-            _set_state(device, state)
+        for device, state in outside:
+            _set(device, state)
+    # The draws may have been another thread's, which is no harm if these are all.
+    with RefuseRandomness(message):
+        return run()
 
 
 class RefuseRandomness(TorchDispatchMode):
@@ -106,34 +131,37 @@ class RefuseRandomness(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    # States are bytes, which torch compares one by one; eight at a time are quicker.
-    return torch.equal(one.view(torch.int64), other.view(torch.int64))
+def _read(device: torch.device) -> State:
+    state = _get(device)
+    content = _content(state)
+    last = _last.get(device)
+    if last is None or last[2] != content:
+        last = _last[device] = State(device, state, content)
+    return last
 
 
-def _generator(device: torch.device) -> torch.Generator | None:
-    """Returns the default generator, which is asked faster than through torch's module."""
-    if device.type == "cpu":
-        return torch.default_generator
+def _content(state: Tensor) -> bytes:
+    # Python compares bytes faster than torch compares tensors.
+    return string_at(state.data_ptr(), state.numel())
+
+
+def _get(device: torch.device) -> Tensor:
+    # The default generators are asked faster than through torch's modules.
+    if device is _CPU:
+        return torch.default_generator.get_state()
     if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return None
-
-
-def _get_state(device: torch.device) -> Tensor:
-    generator = _generator(device)
-    if generator is not None:
-        return generator.get_state()
+        return torch.cuda.default_generators[device.index].get_state()
     if device.type == "mps":
         return torch.mps.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def _set_state(device: torch.device, state: Tensor) -> None:
-    generator = _generator(device)
-    if generator is not None:
-        generator.set_state(state)
+def _set(device: torch.device, state: Tensor) -> None:
+    if device is _CPU:
+        torch.default_generator.set_state(state)
+    elif device.type == "cuda":
+        torch.cuda.default_generators[device.index].set_state(state)
     elif device.type == "mps":
         torch.mps.set_rng_state(state)
     else:

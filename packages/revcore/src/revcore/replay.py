@@ -4,6 +4,9 @@ Reversing runs every branch twice: once in the forward pass, and once more in th
 rebuild the graph that is differentiated. The second run has to see what the first one saw (random
 state, autocast, training flags, buffers, parameters, strides) and must leave no trace: BatchNorm's
 statistics change once per training step, and the global random generators end where they were.
+
+All of this happens for every branch in every step of training, in Python, so what is usual is
+looked at quickly (`Replay._is_usual`) and only what is not is put back piece by piece.
 """
 
 from __future__ import annotations
@@ -11,22 +14,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revcore.autocast import autocast_as, autocast_now
-from revcore.randomness import (
-    OtherDrawsError,
-    RefuseRandomness,
-    draw_again,
-    draws_since,
-    get_states,
-    is_capturing,
-)
-from revcore.slots import Slots, changed, version
+from revcore.graph import Graph
+from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, draw_nothing, get_states
+from revcore.versions import changed, version, versions
 
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
 # repeats a training-mode run exactly and is cheaper than exchanging buffers. Subclasses may use
@@ -46,6 +43,9 @@ _OTHER_DRAWS = (
     "the same generator during its forward pass, or the branch behaves differently from call to "
     "call. Draw in that thread from a torch.Generator of its own."
 )
+
+_Table = dict[str, Any]
+_Undo = list[tuple[_Table, str, Any]]
 
 
 class Replay:
@@ -67,30 +67,42 @@ class Replay:
         branch: nn.Module,
         call: Callable[..., Tensor],
         kwargs: Mapping[str, Any],
-        *,
         same_graph: bool = False,
     ) -> None:
         self.branch = branch
-        self._same_graph = same_graph
         self._call = call
-        # Modules and parameters are read at call time, because a module may hold others at another
-        # call (torch.func.functional_call, FSDP).
-        self._modules = _modules_of(branch)
-        self._parameters = Slots("parameter", self._modules)
-        self.leaves = self._parameters.values
-        if len(set(map(id, self.leaves))) < len(self.leaves):
-            self.leaves = list({id(value): value for value in self.leaves}.values())
         self._kwargs = kwargs
-        self._versions: dict[str, int] = {}
+        self._same_graph = same_graph
+        # Modules and parameters are read at call time, because a module may hold others at another
+        # call (torch.func.functional_call, FSDP). nn.Module.modules takes four times as long.
+        modules = [branch]
+        for module in modules:  # grows meanwhile
+            if module._modules:
+                modules += module._modules.values()  # type: ignore[arg-type]
+        if None in modules or len(set(modules)) < len(modules):
+            modules = [module for module in dict.fromkeys(modules) if module is not None]
+        self._modules = modules
+        self._training = [module.training for module in modules]
+        self._tables = [(m._parameters, dict(m._parameters)) for m in modules if m._parameters]
+        leaves = [v for _, found in self._tables for v in found.values() if v is not None]
+        if len(set(map(id, leaves))) < len(leaves):
+            leaves = list({id(value): value for value in leaves}.values())
+        self._buffered = [module for module in modules if module._buffers]
+        self._norms: list[nn.Module] = []
+        if self._buffered:
+            norms = [m for m in self._buffered if m.training and type(m) in _BATCH_NORMS]
+            self._norms = [module for module in norms if module.track_running_stats]
+            self._buffered = [module for module in self._buffered if module not in norms]
+        self._quiet = draw_nothing(modules)
+        self._arguments: dict[str, Tensor] = {}
         if kwargs:
-            self._note_arguments(kwargs)
-
-    def _note_arguments(self, kwargs: Mapping[str, Any]) -> None:
-        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        self._versions = {name: version(value) for name, value in tensors.items()}
-        known = {id(leaf) for leaf in self.leaves}
-        extra = {id(value): value for value in tensors.values() if value.requires_grad}
-        self.leaves = self.leaves + [value for key, value in extra.items() if key not in known]
+            self._arguments = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+            known = set(map(id, leaves))
+            extra = {id(v): v for v in self._arguments.values() if v.requires_grad}
+            leaves += [value for key, value in extra.items() if key not in known]
+        self.leaves = leaves
+        self._versions = versions(leaves)
+        self._argument_versions = versions(self._arguments.values())
 
     def first_run(self, x: Tensor) -> Tensor:
         """Runs the branch as any module is run, and notes what it sees.
@@ -101,43 +113,61 @@ class Replay:
         """
         self._stride = x.stride()
         self._needs_x = x.requires_grad
-        self._device_type = x.device.type
-        self._training = [module.training for module in self._modules]
-        self._autocast = autocast_now(self._device_type)
-        buffered = [
-            module
-            for module in self._modules
-            if module._buffers and not (module.training and type(module) in _BATCH_NORMS)
-        ]
+        self._device = x.device
+        self._before = self._after = NO_STATES
+        self._autocast = () if _no_autocast() else autocast_now(self._device.type)
+        self._buffers, self._copies = [], []
+        guarded = self._autocast or self._same_graph
+        if self._quiet and not self._buffered and not guarded:
+            return run_branch(self._call, x, self._kwargs)
         with _LOCK:
-            buffers = Slots("buffer", buffered)
-            copies = [value.clone() for value in buffers.values]
-            states = get_states(x.device)
-            if self._autocast or self._same_graph or not states:
-                t = self._guarded_run(x)
+            if not self._quiet:
+                self._before = get_states(x)
+            if not self._buffered and self._before and not guarded:
+                t = run_branch(self._call, x, self._kwargs)
+                self._after = get_states(x)
+                return t
+            buffers = [
+                (module, module._buffers, name, value, version(value))
+                for module in self._buffered
+                for name, value in module._buffers.items()
+                if value is not None
+            ]
+            copies = [value.clone() for _, _, _, value, _ in buffers]
+            capturing = not self._quiet and not self._before
+            if guarded or capturing:
+                t = self._guarded_run(x, capturing=capturing)
             else:
                 t = run_branch(self._call, x, self._kwargs)
-            self._draws = draws_since(states)
+            if self._before:
+                self._after = get_states(x)
             # A copy is kept of the few buffers that the branch has changed, to run it from there.
-            self._buffers, changed_ones = buffers.split_changed() if buffered else (buffers, [])
-            self._copies = [(buffers, position, copies[position]) for position in changed_ones]
+            moved = [
+                table.get(name) is not value or version(value) != count
+                for _, table, name, value, count in buffers
+            ]
+            self._buffers = [b for b, m in zip(buffers, moved, strict=True) if not m]
+            self._copies = [
+                (table, name, copy)
+                for (_, table, name, _, _), copy, m in zip(buffers, copies, moved, strict=True)
+                if m
+            ]
         return t
 
-    def _guarded_run(self, x: Tensor) -> Tensor:
+    def _guarded_run(self, x: Tensor, *, capturing: bool) -> Tensor:
         with ExitStack() as stack:
             if self._autocast:
-                stack.enter_context(autocast_as(self._autocast, self._device_type))
-            if is_capturing(x.device):  # so there are no states
+                stack.enter_context(autocast_as(self._autocast, self._device.type))
+            if capturing:
                 stack.enter_context(RefuseRandomness(_CAPTURING))
             stack.enter_context(torch.set_grad_enabled(self._same_graph))
             x = x.detach().requires_grad_(self._needs_x and self._same_graph)
             return run_branch(self._call, x, self._kwargs).detach()
 
     def _lay_out(self, x: Tensor) -> Tensor:
-        """Returns `x` with the strides that the branch saw first; other strides, other bits."""
-        if x.stride() == self._stride:
-            return x
-        return torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device).copy_(x)
+        """Copies `x` to the strides that the branch saw first; other strides, other bits."""
+        like = torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device)
+        return like.copy_(x)
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
         """Runs the branch again as it ran before, without gradients, leaving no trace.
@@ -151,15 +181,15 @@ class Replay:
                 other random numbers than before.
         """
         if call is not None:
-            return self._repeat(call, x, {})
-        x = self._lay_out(x)
+            return self._repeat(call, x, _NOTHING)
+        x = x if x.stride() == self._stride else self._lay_out(x)
         if not self._same_graph:
-            return self._repeat(self._call, x, {})
+            return self._repeat(self._call, x, _NOTHING)
         with torch.enable_grad():
             x = x.detach().requires_grad_(self._needs_x)
-            return self._repeat(self._call, x, {}).detach()
+            return self._repeat(self._call, x, _NOTHING).detach()
 
-    def repeat_for_gradients(self, x: Tensor, *, needs_x: bool) -> tuple[list[Tensor], Tensor]:
+    def repeat_for_gradients(self, x: Tensor, *, needs_x: bool) -> Graph:
         """Runs the branch like `repeat`, for a graph of its own.
 
         Args:
@@ -167,76 +197,133 @@ class Replay:
             needs_x: Whether its gradient is needed.
 
         Returns:
-            The leaves of the graph (what stands for `x`, then one tensor for each of `leaves`), and
-            the branch's output.
+            The branch's output and its graph, whose leaves are what stands for `x`, then one tensor
+            for each of `leaves`.
         """
-        x = self._lay_out(x).detach().requires_grad_(needs_x)
-        # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again
-        # on what the node returns; a stand-in has none.
-        aliases = {
-            id(leaf): leaf.detach().requires_grad_(leaf.requires_grad)
-            for leaf in self.leaves
-            if leaf._backward_hooks or not leaf.is_leaf
-        }
+        x = (x if x.stride() == self._stride else self._lay_out(x)).detach()
+        if needs_x:
+            x.requires_grad_()
+        # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
+        # what the node returns; a stand-in has none.
+        leaves, aliases = self.leaves, _NOTHING
+        hooked = [leaf for leaf in leaves if leaf._backward_hooks or not leaf.is_leaf]
+        if hooked:
+            aliases = {id(v): v.detach().requires_grad_(v.requires_grad) for v in hooked}
+            leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
         with torch.enable_grad():
+            first = torch.autograd._get_sequence_nr()
             t = self._repeat(self._call, x, aliases)
-        if aliases:
-            return [x, *(aliases.get(id(leaf), leaf) for leaf in self.leaves)], t
-        return [x, *self.leaves], t
+            nodes = torch.autograd._get_sequence_nr() - first
+        # Arguments may hold other tensors at each call.
+        return Graph(t, [x, *leaves], None if self._kwargs else nodes)
 
     def _repeat(
         self, call: Callable[..., Tensor], x: Tensor, aliases: Mapping[int, Tensor]
     ) -> Tensor:
-        kwargs = self._kwargs
-        for name, count in self._versions.items():
-            if version(kwargs[name]) != count:
-                raise changed(f"argument {name!r}")
-        if aliases:
-            kwargs = {name: aliases.get(id(value), value) for name, value in kwargs.items()}
-        with _LOCK:
-            undo: list[Callable[[], object]] = []
-            try:
-                self._restore_flags(undo)
-                self._parameters.restore(aliases, undo)
-                self._buffers.restore({}, undo)
-                for buffers, position, copy in self._copies:
-                    # A clone, because a graph that is retained may be run backward again.
-                    buffers.replace(position, copy.clone(), undo)
-                return self._run_again(call, x, kwargs)
-            finally:
-                for step in reversed(undo):
-                    step()
-
-    def _run_again(
-        self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        if self._autocast or autocast_now(self._device_type):
-            with autocast_as(self._autocast, self._device_type):
-                return self._draw_again(call, x, kwargs)
-        return self._draw_again(call, x, kwargs)
+        self._refuse_changes()
+        if not aliases and self._is_usual():
+            if not self._norms and not self._before:
+                return run_branch(call, x, self._kwargs)
+            with _LOCK:
+                try:
+                    for module in self._norms:
+                        # nn.Module.__setattr__ takes microseconds.
+                        module.__dict__["track_running_stats"] = False
+                    return self._draw_again(call, x, self._kwargs)
+                finally:
+                    for module in self._norms:
+                        module.__dict__["track_running_stats"] = True
+        kwargs = {name: aliases.get(id(value), value) for name, value in self._kwargs.items()}
+        undo: _Undo = []
+        with _LOCK, ExitStack() as stack:
+            stack.callback(_take_back, undo)
+            self._put_back(aliases, undo)
+            stack.enter_context(autocast_as(self._autocast, self._device.type))
+            return self._draw_again(call, x, kwargs)
 
     def _draw_again(
         self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]
     ) -> Tensor:
-        if not self._draws:
-            return run_branch(call, x.view_as(x), kwargs)
-        try:
-            with draw_again(self._draws):
-                return run_branch(call, x.view_as(x), kwargs)
-        except OtherDrawsError:
-            # The draws may have been another thread's, which is no harm if these are all.
-            with RefuseRandomness(_OTHER_DRAWS):
-                return run_branch(call, x.view_as(x), kwargs)
+        if not self._before:
+            return run_branch(call, x, kwargs)
+        return draw_again(
+            self._before, self._after, lambda: run_branch(call, x, kwargs), _OTHER_DRAWS
+        )
 
-    def _restore_flags(self, undo: list[Callable[[], object]]) -> None:
+    def _is_usual(self) -> bool:
+        """Tells whether there is nothing to put back but generators and batch norms' statistics."""
+        if self._buffers or self._copies or self._autocast or not _no_autocast():
+            return False
+        if [module.training for module in self._modules] != self._training:
+            return False
+        for table, found in self._tables:
+            if len(table) != len(found) or not all(map(is_, table.values(), found.values())):
+                return False
+        return True
+
+    def _refuse_changes(self) -> None:
+        """Raises if a parameter, a buffer or an argument was changed in place."""
+        if versions(self.leaves) != self._versions:
+            for leaf, count in zip(self.leaves, self._versions, strict=True):
+                if version(leaf) != count:
+                    raise changed(self._name(leaf))
+        if self._arguments:
+            for (name, value), count in zip(
+                self._arguments.items(), self._argument_versions, strict=True
+            ):
+                if version(value) != count:
+                    raise changed(f"argument {name!r}")
+        for module, _, name, value, count in self._buffers:
+            if version(value) != count:
+                raise changed(f"buffer {name!r} of {type(module).__name__}")
+
+    def _name(self, leaf: Tensor) -> str:
+        for table, found in self._tables:
+            for name, value in found.items():
+                if value is leaf:
+                    owner = next(type(m).__name__ for m in self._modules if m._parameters is table)
+                    return f"parameter {name!r} of {owner}"
+        return f"an argument of {type(self.branch).__name__}"
+
+    def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
+        """Makes the branch's modules what they were; `undo` gets what they are now."""
         for module, flag in zip(self._modules, self._training, strict=True):
-            if module.training != flag:
-                undo.append(partial(setattr, module, "training", module.training))
-                module.training = flag
-            if flag and type(module) in _BATCH_NORMS and module.track_running_stats:
-                # Through __dict__, because nn.Module.__setattr__ takes microseconds.
-                undo.append(partial(module.__dict__.__setitem__, "track_running_stats", True))
-                module.__dict__["track_running_stats"] = False
+            if module.training is not flag:
+                _swap(module.__dict__, "training", flag, undo)
+        for module in self._norms:
+            _swap(module.__dict__, "track_running_stats", False, undo)
+        for table, found in self._tables:
+            for name, value in found.items():
+                wanted = aliases.get(id(value), value)
+                if table.get(name) is not wanted:
+                    _swap(table, name, wanted, undo)
+        for _, table, name, value, _ in self._buffers:
+            if table.get(name) is not value:
+                _swap(table, name, value, undo)
+        for table, name, copy in self._copies:
+            # A clone, because a graph that is retained may be run backward again.
+            _swap(table, name, copy.clone(), undo)
+
+
+_ABSENT = object()
+_NOTHING: Mapping[int, Tensor] = {}
+
+
+def _swap(table: _Table, name: str, value: Any, undo: _Undo) -> None:
+    undo.append((table, name, table.get(name, _ABSENT)))
+    table[name] = value
+
+
+def _take_back(undo: _Undo) -> None:
+    for table, name, value in reversed(undo):
+        if value is _ABSENT:
+            table.pop(name, None)
+        else:
+            table[name] = value
+
+
+def _no_autocast() -> bool:
+    return not torch._C._is_any_autocast_enabled()
 
 
 def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -246,11 +333,12 @@ def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -
         TypeError: If the branch returns anything but a tensor.
         RuntimeError: If the branch changes its input in place.
     """
-    before = version(x)
+    counted = not x.is_inference()
+    before = x._version if counted else 0
     t = call(x, **kwargs)
     if not isinstance(t, Tensor):
         raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
-    if version(x) != before:
+    if counted and x._version != before:
         raise RuntimeError(
             f"branch {_name(call)} changes its input in place, which destroys the stream that it "
             "reads. Start the branch with an operation that is not in place, such as "
@@ -261,18 +349,3 @@ def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -
 
 def _name(call: Callable[..., Any]) -> str:
     return type(getattr(call, "__self__", call)).__name__
-
-
-def _modules_of(branch: nn.Module) -> list[nn.Module]:
-    # nn.Module.modules would do, but it builds names too and takes four times as long, for every
-    # step of every pass.
-    found: dict[nn.Module, None] = {}
-    stack = [branch]
-    while stack:
-        module = stack.pop()
-        if module not in found:
-            found[module] = None
-            children = module._modules
-            if children:
-                stack.extend(child for child in children.values() if child is not None)
-    return list(found)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from revcore.replay import Replay
 
 Run = Callable[[Tensor], Tensor]
-Gradients = list["Tensor | None"]
+Gradients = tuple["Tensor | None", ...]
 
 
 class Step(ABC):
@@ -59,7 +59,7 @@ class Step(ABC):
         kept: Sequence[Tensor] | None,
         grads: Sequence[Tensor],
         needed: Sequence[bool],
-    ) -> tuple[Gradients, Gradients]:
+    ) -> Gradients:
         """Undoes the step and differentiates it.
 
         Args:
@@ -70,7 +70,7 @@ class Step(ABC):
             needed: Whether a gradient is needed: first for each of `reads`, then for each leaf.
 
         Returns:
-            Gradients of the streams in `reads`, and of the branch's leaves.
+            Gradients: first of each of the streams in `reads`, then of each leaf.
         """
 
     @abstractmethod

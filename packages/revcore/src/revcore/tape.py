@@ -8,13 +8,12 @@ from the outputs: `seek(k)` gives the streams as they stood before step `k`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from revcore.replay import Replay
-from revcore.slots import version
+from revcore.versions import version
 from revcore.step import Step
 from revcore.streams import Streams
 
@@ -49,18 +48,12 @@ class Saved:
         return list(self._tensors)
 
 
-class Record(NamedTuple):
-    """One step of this call, and how to repeat its branch."""
-
-    step: Step
-    replay: Replay
-
-
 class Tape:
     """Everything that one forward call of a chain keeps until its backward pass."""
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        # Each step of this call, and how to repeat its branch.
+        self.records: list[tuple[Step, Replay]] = []
         self._anchors: dict[int, Saved] = {}
         self._outputs: Saved | None = None
         self._cursor: tuple[int, list[Tensor]] | None = None
@@ -94,6 +87,8 @@ class Tape:
         if self._released:
             raise RuntimeError(_SECOND_TIME)
         cursor, self._cursor = self._cursor, None
+        if cursor is not None and cursor[0] == index:
+            return cursor[1]
         start = len(self.records)
         if self._anchors:
             start = min((i for i in self._anchors if i >= index), default=start)

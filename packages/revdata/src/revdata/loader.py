@@ -41,6 +41,7 @@ class Loader(ABC):
         dtype: Floating dtype of the images; normalization itself is done in float32.
         memory_format: `torch.contiguous_format` or `torch.channels_last`.
         epoch: The epoch that an iteration makes, set by `set_epoch`.
+        first_batch: The batch that an iteration begins with, set by `set_epoch`.
 
     Raises:
         ArgumentError: A batch size below one, or not divisible by `world_size`; a rank outside of
@@ -61,6 +62,7 @@ class Loader(ABC):
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
     epoch: int = field(default=0, init=False)
+    first_batch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         dataset, batch_size, rank, world_size = (
@@ -88,9 +90,22 @@ class Loader(ABC):
                 f"{dataset.name}'s {dataset.split} split: take at most {len(dataset)}"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the order and the augmentations of the next iteration; it is 0 at first."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the order and the augmentations of the next iterations; the epoch is 0 at first.
+
+        Args:
+            epoch: Any integer.
+            first_batch: Where in the epoch to begin. The batches before it are not made, and those
+                from there on are the same: a run that was stopped amid an epoch goes on at once.
+
+        Raises:
+            ArgumentError: The epoch has no such batch (its length is allowed, and leaves nothing).
+        """
+        if not 0 <= first_batch <= len(self):
+            raise ArgumentError(
+                f"first_batch (={first_batch}) must be in 0..{len(self)} (the batches of an epoch)"
+            )
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         """Number of batches in an epoch, the same on every rank."""
@@ -99,7 +114,7 @@ class Loader(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields this rank's slice of every global batch of the epoch."""
+        """Yields this rank's slice of every global batch of the epoch, from `first_batch` on."""
 
     def _order(self, device: torch.device | str) -> Tensor:
         """This epoch's order of all samples, int64 (N,)."""
@@ -113,7 +128,7 @@ class Loader(ABC):
 
     def _slices(self) -> Iterator[slice]:
         """Where in the epoch's order this rank's part of each batch stands."""
-        for batch in range(len(self)):
+        for batch in range(self.first_batch, len(self)):
             start = batch * self.batch_size
             stop = min(start + self.batch_size, len(self.dataset))
             yield slice(*rank_bounds(start, stop, self.rank, self.world_size))

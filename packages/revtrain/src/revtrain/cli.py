@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from cyclopts import App, CycloptsError, Parameter
 
 from revdata import DataError
+from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
 from revtrain.evaluation import evaluate
 from revtrain.launch import LaunchError
 from revtrain.report import print_result
+from revtrain.signals import Interrupted
 from revtrain.trainer import NonFiniteLossError, Trainer
 
 app = App(
@@ -26,7 +29,10 @@ app = App(
 
 # What bad input raises: wrong values, missing or existing files. Only where input is checked is it
 # caught; the same error from the training loop is a defect and keeps its traceback.
-_BAD_INPUT = (ValueError, OSError, LaunchError, DataError)
+_BAD_INPUT = (ValueError, OSError, LaunchError, DataError, CheckpointError)
+
+# A full disk or quota, or a file too large, is no defect; the files written so far are whole.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # How an option that an error of revdata names to its Python callers is spelled here.
 _FLAGS = {
@@ -45,6 +51,9 @@ def train_command(config: Annotated[TrainConfig | None, Parameter(name="*")] = N
     metrics.jsonl (one line an epoch), model.safetensors, summary.json, memory.json and the pictures
     curve.svg and memory.svg (and .png).
 
+    SIGTERM and Ctrl-C stop it after the next step, with a checkpoint and status 143 or 130; the
+    same command with --resume goes on, after kill -9 too, to the same result.
+
     Several processes: accelerate launch --num_processes N -m revtrain train ...; on CPU:
     torchrun --nproc-per-node N -m revtrain train --cpu ...
     """
@@ -56,6 +65,10 @@ def train_command(config: Annotated[TrainConfig | None, Parameter(name="*")] = N
         result = trainer.run()
     except NonFiniteLossError as error:
         _stop(error, 1)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        _stop(OSError(f"{error}: make room, then go on by the same command with --resume"), 1)
     if trainer.accelerator.is_main_process:
         print_result(result)
 
@@ -94,11 +107,17 @@ def main() -> None:
         command, arguments, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
     except (CycloptsError, *_BAD_INPUT) as error:
         _stop(error, 2)
-    command(*arguments.args, **arguments.kwargs)
+    stop: Interrupted | None = None
+    try:
+        command(*arguments.args, **arguments.kwargs)
+    except Interrupted as caught:  # on all processes
+        stop = caught
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Together: on the CPU a process can wait forever for another that has closed its end.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if stop is not None:
+        raise stop
 
 
 def _stop(error: Exception, status: int) -> NoReturn:

@@ -61,6 +61,10 @@ class TrainConfig:
     """Precision inside of the network; weights and streams stay float32. Default: what `accelerate
     config` or `accelerate launch` says, else no. On NVIDIA GPUs convolutions in float32 use TF32,
     as is PyTorch's default."""
+    accumulate: int | None = None
+    """Parts that each batch goes through the network in, one after the other, where it is too large
+    for the device. The batch stays as large; batch normalization sees its parts. Default: what the
+    environment variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS says, else 1."""
     cpu: bool = False
     """Train on the CPU even where there is an accelerator."""
     data_dir: Path | None = None
@@ -74,6 +78,13 @@ class TrainConfig:
     """Run folder. Default: runs/DATA-MODEL-RECIPE-seedSEED."""
     fresh: bool = False
     """Replace the run that the run folder holds."""
+    resume: bool = False
+    """Go on with the run that the run folder holds, to the same result as if it had not been
+    stopped; start it if there is none."""
+    save_every: int | None = None
+    """Steps between two checkpoints. Default: the steps of an epoch."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time, on a GPU too. Some are slower."""
     memory: Annotated[bool, Parameter(negative="--no-memory")] = True
     """At the end, measure activation memory and time per step against stored activations, over
     depth. For the reversible networks."""
@@ -83,6 +94,12 @@ class TrainConfig:
             object.__setattr__(self, "recipe", "digits" if self.data == "digits" else "fast")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes (={self.num_classes}) must be at least 1")
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"save_every (={self.save_every}) must be at least 1")
+        if self.accumulate is not None and self.accumulate < 1:
+            raise ValueError(f"accumulate (={self.accumulate}) must be at least 1")
+        if self.resume and self.fresh:
+            raise ValueError("resume and fresh: give one of them")
         if self.seed < 0:
             raise ValueError(f"seed (={self.seed}) must be at least 0")
         for name, value, choices in (

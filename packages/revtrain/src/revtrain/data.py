@@ -51,6 +51,8 @@ def make_loader(
     # rank its part of every global batch already, in an order that does not depend on how many
     # there are. Accelerate's own sharding deals out whole batches instead, and resuming in
     # mid-epoch then sees other samples.
+    if not train:  # a recipe's batch size must suit the processes; this one is ours to choose
+        batch_size += -batch_size % accelerator.num_processes
     maker = revdata.TorchLoader if kind == "torch" else revdata.DeviceLoader
     return maker(
         images,

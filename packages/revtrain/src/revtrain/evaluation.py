@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,15 @@ class Evaluation:
 
 @torch.no_grad()
 def measure_accuracy(
-    model: nn.Module, loader: revdata.Loader, accelerator: Accelerator
+    model: nn.Module,
+    loader: revdata.Loader,
+    accelerator: Accelerator,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Averages:
-    """Runs a prepared model over a loader; every process takes its slice, all get the averages."""
+    """Runs a prepared model over a loader; every process takes its slice, all get the averages.
+
+    All processes call `after_batch` equally often.
+    """
     was_training = model.training
     model.eval()
     meter = Meter(accelerator.device)
@@ -54,6 +60,7 @@ def measure_accuracy(
         if len(labels):  # of a last batch smaller than the number of processes, some get nothing
             logits = model(x)
             meter.update(F.cross_entropy(logits, labels), logits, labels)
+        after_batch()
     model.train(was_training)
     return meter.read(accelerator)
 

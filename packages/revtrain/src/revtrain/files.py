@@ -26,11 +26,25 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    if path.is_dir():
+        if os.name == "nt":  # does not open folders, and keeps their order by itself
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,6 +75,20 @@ def read_json(path: Path) -> Any:
         ValueError: It is no JSON; the message names the file.
     """
     text = path.read_text(encoding="utf-8")
+    return _parse(text, path)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads one JSON object a line.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ValueError: A line is no JSON; the message names the file.
+    """
+    return [_parse(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _parse(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:

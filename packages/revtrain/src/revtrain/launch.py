@@ -7,19 +7,24 @@ import os
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+
+from revtrain.orphan import end_with_launcher
 
 
 class LaunchError(RuntimeError):
     """Fewer processes run than were asked for."""
 
 
-def make_accelerator(*, cpu: bool, mixed_precision: str | None) -> Accelerator:
+def make_accelerator(
+    *, cpu: bool, mixed_precision: str | None, accumulate: int | None = None
+) -> Accelerator:
     """Makes the Accelerator of a run.
 
     Args:
         cpu: Whether to ignore accelerators.
         mixed_precision: `no`, `bf16`, `fp16`, or None for what Accelerate is configured to.
+        accumulate: Parts of a batch, or None for what Accelerate is configured to.
 
     Returns:
         An Accelerator whose number of processes is the one that was asked for.
@@ -28,6 +33,7 @@ def make_accelerator(*, cpu: bool, mixed_precision: str | None) -> Accelerator:
         LaunchError: The launcher started, or Accelerate found, fewer processes than asked for.
         ValueError: The device cannot do this precision.
     """
+    end_with_launcher()
     # Accelerate keeps device and precision for the life of the process, and a second run from
     # Python may want others; there is no public way to say so. A process group stays.
     AcceleratorState._reset_state(
@@ -36,6 +42,10 @@ def make_accelerator(*, cpu: bool, mixed_precision: str | None) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,
+        # Against a plain argument the environment would win.
+        gradient_accumulation_plugin=(
+            None if accumulate is None else GradientAccumulationPlugin(num_steps=accumulate)
+        ),
         # Our batch size is the global one. Accelerate must know, or its scheduler takes as many
         # steps as there are processes for each of the optimizer's.
         dataloader_config=DataLoaderConfiguration(split_batches=True),

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import revcore
+from revtrain.files import read_json
 from revtrain.net import NetSpec, to_device
 
 DEPTHS = (1, 2, 4, 8, 16)
@@ -150,3 +152,23 @@ def memory_json(spec: NetSpec, x: Tensor, costs: Sequence[DepthCost]) -> dict[st
         "batch": list(x.shape),
         "depths": [asdict(cost) for cost in costs],
     }
+
+
+def read_memory(path: Path) -> list[DepthCost]:
+    """Reads what `memory_json` returned; nothing if nothing was measured.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not path.exists():
+        return []
+    return [
+        DepthCost(
+            **{
+                **depth,
+                "reversing": StepCost(**depth["reversing"]),
+                "stored": StepCost(**depth["stored"]),
+            }
+        )
+        for depth in read_json(path)["depths"]
+    ]

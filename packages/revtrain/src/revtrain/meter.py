@@ -41,6 +41,27 @@ class Meter:
         self._hits += (logits.argmax(1) == labels).sum()
         self._images += len(labels)
 
+    def sums(self, accelerator: Accelerator) -> list[list[float]]:
+        """Returns loss, hits and images of each process, exactly; all processes must call."""
+        images = torch.tensor([self._images], device=self._hits.device)
+        sums = (self._loss[None], self._hits[None], images)
+        columns = [accelerator.gather(value).tolist() for value in sums]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def restore(self, sums: list[list[float]], accelerator: Accelerator) -> None:
+        """Goes on from what `sums` returned.
+
+        With another number of processes than then the first one takes all: the averages over all
+        processes are the same, up to rounding.
+        """
+        if len(sums) != accelerator.num_processes:
+            total = [sum(column) for column in zip(*sums, strict=True)]
+            sums = [total] + [[0.0, 0, 0]] * (accelerator.num_processes - 1)
+        loss, hits, images = sums[accelerator.process_index]
+        self._loss.fill_(loss)
+        self._hits.fill_(int(hits))
+        self._images = int(images)
+
     def read(self, accelerator: Accelerator | None = None) -> Averages:
         """Waits for the device and returns the averages so far.
 

@@ -59,6 +59,10 @@ class TrainProgress:
     ) -> None:
         self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def step_done(self, step: int, epoch: int, meter: Meter, seconds: float) -> Averages | None:
         """Shows a step of an epoch that has taken `seconds` so far.
 

@@ -61,6 +61,7 @@ def _hardware(accelerator: Accelerator) -> dict[str, Any]:
         "device": device.type,
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
+        "accumulate": accelerator.gradient_accumulation_steps,
     }
     if device.type == "cuda":
         hardware["device_name"] = torch.cuda.get_device_name(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from revtrain.files import read_json, whole_file, write_json, write_json_lines
+from revtrain.files import read_json, read_json_lines, whole_file, write_json, write_json_lines
 from revtrain.net import NetSpec
 
 
@@ -24,6 +25,7 @@ class RunFolder:
         weights: `model.safetensors`: the final weights, and what the network is built from.
         summary: `summary.json`: the results.
         memory: `memory.json`: memory and time over depth.
+        checkpoints: `checkpoints`: what the run goes on from after it was stopped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,10 +35,27 @@ class RunFolder:
         self.weights = path / "model.safetensors"
         self.summary = path / "summary.json"
         self.memory = path / "memory.json"
+        self.checkpoints = path / "checkpoints"
 
     def plots(self, name: str) -> tuple[Path, Path]:
         """Returns where a picture goes, as SVG and as PNG."""
         return self.path / f"{name}.svg", self.path / f"{name}.png"
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder holds a run.
+
+        Raises:
+            NotADirectoryError: There is a file of the folder's name.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path} is a file: choose another run folder by --out")
+        return self.config.exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete: its summary is written last."""
+        return self.summary.exists()
 
     def refuse_old_run(self) -> None:
         """Raises if there is a run here already.
@@ -45,12 +64,10 @@ class RunFolder:
             FileExistsError: The folder holds a run.
             NotADirectoryError: There is a file of the folder's name.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"{self.path} is a file: choose another run folder by --out")
-        if self.config.exists():
+        if self.started:
+            what = "a run already:" if self.finished else "an unfinished run: go on by --resume,"
             raise FileExistsError(
-                f"{self.path} holds a run already: replace it by --fresh, or choose another folder "
-                "by --out"
+                f"{self.path} holds {what} replace it by --fresh, or choose another folder by --out"
             )
 
     def start(self, config: dict[str, Any]) -> None:
@@ -65,6 +82,14 @@ class RunFolder:
             *self.plots("memory"),
         ):
             old.unlink(missing_ok=True)
+        # After config.json: a checkpoint without it belongs to no run.
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        write_json(self.config, config)
+
+    def go_on(self, step: int, where: dict[str, Any]) -> None:
+        """Adds to `config.json` that, and where, the run goes on after a step."""
+        config = self.read_config()
+        config.setdefault("resumed", []).append({"step": step, **where})
         write_json(self.config, config)
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
@@ -111,6 +136,15 @@ class RunFolder:
             raise ValueError(
                 f"{self.weights} is damaged ({error}): train again with --fresh"
             ) from error
+
+    def read_results(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Reads summary and metrics of a finished run.
+
+        Raises:
+            ValueError: A file is damaged.
+        """
+        summary: dict[str, Any] = read_json(self.summary)
+        return summary, read_json_lines(self.metrics)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes the results."""

@@ -8,6 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 
+from revtrain.accumulate import forward_backward
 from revtrain.meter import Meter
 
 
@@ -39,10 +40,13 @@ class TrainStep:
 
     def __call__(self, x: Tensor, labels: Tensor, meter: Meter) -> None:
         """Takes one step on this process's slice of a batch, and adds its loss to `meter`."""
-        logits = self._model(x)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
-        self._accelerator.backward(loss)
+        loss, logits = forward_backward(
+            self._model, x, labels, self._cross_entropy, self._accelerator
+        )
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
         meter.update(loss, logits, labels)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
 
+from revtrain.accumulate import refuse_unequal_parts
+from revtrain.checkpoints import CheckpointError, Checkpoints
 from revtrain.config import TrainConfig
 from revtrain.data import load_images, make_loader, refuse_more_classes
+from revtrain.deterministic import deterministic
 from revtrain.evaluation import BATCH_SIZE, measure_accuracy
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
-from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json
+from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json, read_memory
 from revtrain.meter import Averages, Meter
 from revtrain.net import NetSpec, to_device
 from revtrain.optim import make_optimizer, make_scheduler
@@ -26,7 +30,9 @@ from revtrain.peak import peak_memory, reset_peak_memory
 from revtrain.plots import plot_curve, plot_memory
 from revtrain.progress import TrainProgress
 from revtrain.provenance import provenance
+from revtrain.resume import RunState, refuse_other_run
 from revtrain.run_folder import RunFolder
+from revtrain.signals import Interrupted, StopSignals
 from revtrain.step import TrainStep
 from revtrain.sync_batchnorm import synchronize_batchnorm
 
@@ -67,9 +73,13 @@ def train(config: TrainConfig) -> Result:
     Raises:
         ValueError: The configuration cannot be: an unknown name, a size out of range. Like all
             errors of this kind it is raised before anything is written.
-        FileExistsError: The run folder holds a run, and `config.fresh` is not set.
+        FileExistsError: The run folder holds a run, and neither `config.fresh` nor
+            `config.resume` is set.
+        CheckpointError: All checkpoints of the run that `config.resume` asks for are damaged.
         revdata.DataError: The data are missing or damaged.
         NonFiniteLossError: The loss is no longer a number.
+        Interrupted: SIGTERM or Ctrl-C stopped the run, between two steps and with a checkpoint.
+            Python exits with status 143 or 130 if nothing catches it.
     """
     return Trainer(config).run()
 
@@ -88,11 +98,14 @@ class Trainer:
         self.config = config
         self.recipe = recipe = config.resolved_recipe
         self.folder = RunFolder(config.run_folder)
-        if not config.fresh:
+        if not (config.fresh or config.resume):
             self.folder.refuse_old_run()
         self.accelerator = accelerator = make_accelerator(
-            cpu=config.cpu, mixed_precision=config.mixed_precision
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            accumulate=config.accumulate,
         )
+        refuse_unequal_parts(recipe.batch_size, accelerator)
         device = accelerator.device
 
         train_split, self.test_split = ("fit", "val") if config.val else ("train", "test")
@@ -152,74 +165,151 @@ class Trainer:
             label_smoothing=recipe.label_smoothing,
         )
 
+        self.state = RunState()
+        self.checkpoints = Checkpoints(self.folder.checkpoints, accelerator)
+        self._resumed: Path | None = None
+        if config.resume and self.folder.started:
+            refuse_other_run(self.folder.read_config(), self._description())
+            self._resumed = self.checkpoints.newest()
+
     def run(self) -> Result:
-        """Trains, evaluates after each epoch, and writes the run folder."""
+        """Trains, evaluates after each epoch, and writes the run folder.
+
+        Where the folder holds the finished run already, that is its result.
+        """
+        with deterministic(self.config.deterministic):
+            return self._run()
+
+    def _run(self) -> Result:
         accelerator, main = self.accelerator, self.accelerator.is_main_process
         # Nobody may still be looking for an old run when the new one appears.
         accelerator.wait_for_everyone()
-        if main:
+        if self.config.resume and self.folder.finished:
+            summary, metrics = self.folder.read_results()
+            return Result(self.folder.path, summary, metrics, read_memory(self.folder.memory))
+        if self._resumed is not None:
+            self._go_on(self._resumed)
+        elif main:
             self.folder.start(self._description())
-        metrics: list[dict[str, Any]] = []
-        with TrainProgress(self.total_steps, self.epochs, enabled=main) as progress:
-            for epoch in range(self.epochs):
-                record = self._epoch(epoch, progress)
-                metrics.append(record)
-                progress.epoch_done(record, self.test_split)
-                if main:
-                    self.folder.write_metrics(metrics)
-        summary = self._summary(metrics)
+        state = self.state
+        with (
+            StopSignals() as signals,
+            TrainProgress(self.total_steps, self.epochs, enabled=main) as progress,
+        ):
+            if self._resumed is not None:
+                progress.say(f"going on after step {state.step} of {self.total_steps}")
+            for epoch in range(len(state.records), self.epochs):
+                self._epoch(epoch, progress, signals)
+        summary = self._summary(state.records)
         memory: list[DepthCost] = []
         if main:
-            state = accelerator.unwrap_model(self.model).state_dict()
-            self.folder.write_weights(state, self.spec)
-            self.folder.write_summary(summary)
-            plot_curve(metrics, self.test_split, self.folder.plots("curve"))
+            weights = accelerator.unwrap_model(self.model).state_dict()
+            self.folder.write_weights(weights, self.spec)
+            plot_curve(state.records, self.test_split, self.folder.plots("curve"))
             if self.config.memory and self.spec.architecture.reversible:
                 memory = self._compare_memory()
-        return Result(self.folder.path, summary, metrics, memory)
+            self.folder.write_summary(summary)  # the last: it says that the run is complete
+        return Result(self.folder.path, summary, state.records, memory)
 
-    def _epoch(self, epoch: int, progress: TrainProgress) -> dict[str, Any]:
-        """Trains for one epoch and evaluates."""
-        accelerator, device = self.accelerator, self.accelerator.device
+    def _go_on(self, path: Path) -> None:
+        """Restores a checkpoint."""
+        if self.accelerator.num_processes > 1:
+            # DistributedDataParallel orders its buckets anew after the first backward pass, and
+            # with them the sums over processes. Another run of as many steps has done so.
+            self.train_loader.set_epoch(0)
+            x, labels = next(iter(self.train_loader))
+            self.accelerator.backward(F.cross_entropy(self.model(x), labels))
+            self.optimizer.zero_grad()
+        self.state = RunState(**self.checkpoints.load(path))
+        if self.accelerator.is_main_process:
+            self.folder.go_on(self.state.step, provenance(self.accelerator))
+            self.folder.write_metrics(self.state.records)
+
+    def _epoch(self, epoch: int, progress: TrainProgress, signals: StopSignals) -> None:
+        """Trains what is left of an epoch and evaluates."""
+        accelerator, device, state = self.accelerator, self.accelerator.device, self.state
         reset_peak_memory(device)
         meter = Meter(device)
-        first = epoch * self.steps_per_epoch
-        started = time.perf_counter()
-        lr = 0.0
+        if state.sums:
+            meter.restore(state.sums, accelerator)
+        started = time.perf_counter() - state.seconds
         self.model.train()
-        for step, (x, labels) in enumerate(self._batches(epoch), start=first + 1):
-            lr = self.scheduler.get_last_lr()[0]
+        for x, labels in self._batches(epoch):
+            state.lr = self.scheduler.get_last_lr()[0]
             self.step(x, labels, meter)
-            seconds = time.perf_counter() - started
-            averages = progress.step_done(step, epoch + 1, meter, seconds)
+            state.step += 1
+            state.seconds = time.perf_counter() - started
+            averages = progress.step_done(state.step, epoch + 1, meter, state.seconds)
             if averages is not None:
-                self._refuse_non_finite(averages, step)
+                self._refuse_non_finite(averages, state.step)
+            self._stop_if_told(signals, meter, progress)
+            if self.config.save_every and state.step % self.config.save_every == 0:
+                self._save(meter, progress)
+                started = time.perf_counter() - state.seconds  # saving is no training
         averages = meter.read(accelerator)  # waits for the device, so the time is right
-        seconds = time.perf_counter() - started
-        steps = min(self.steps_per_epoch, self.total_steps - first)
-        self._refuse_non_finite(averages, first + steps)
-        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
-        # of batches here.
-        net = accelerator.unwrap_model(self.model)
-        tested = measure_accuracy(net, self.test_loader, accelerator)
-        return {
+        seconds = state.seconds = time.perf_counter() - started
+        steps = state.step - epoch * self.steps_per_epoch
+        self._refuse_non_finite(averages, state.step)
+        tested = self._evaluate(lambda: self._stop_if_told(signals, meter, progress))
+        record = {
             "epoch": epoch + 1,
-            "step": first + steps,
+            "step": state.step,
             "train_loss": averages.loss,
             "train_accuracy": averages.accuracy,
             f"{self.test_split}_loss": tested.loss,
             f"{self.test_split}_accuracy": tested.accuracy,
-            "lr": lr,
+            "lr": state.lr,
             "seconds": seconds,
             "step_seconds": seconds / steps,
             "images_per_second": averages.images / seconds,
             "peak_memory_bytes": peak_memory(device),
         }
+        state.records.append(record)
+        state.seconds, state.sums = 0.0, []
+        progress.epoch_done(record, self.test_split)
+        if accelerator.is_main_process:
+            try:
+                self.folder.write_metrics(state.records)
+            except OSError as error:  # all of them are written again after the next epoch
+                progress.say(f"cannot write {self.folder.metrics}: {error}")
+        if not self.config.save_every or state.step == self.total_steps:
+            self._save(None, progress)
+
+    def _evaluate(self, after_batch: Callable[[], None]) -> Averages:
+        # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
+        # of batches here.
+        net = self.accelerator.unwrap_model(self.model)
+        return measure_accuracy(net, self.test_loader, self.accelerator, after_batch)
+
+    def _stop_if_told(self, signals: StopSignals, meter: Meter, progress: TrainProgress) -> None:
+        """Saves and stops the run, on all processes, if one of them got a signal."""
+        signum = signals.agreed()
+        if not signum:
+            return
+        stop = Interrupted(signum, self.state.step)
+        where = f"stopped by {stop.signal.name} at step {stop.step} of {self.total_steps}"
+        if not self._save(meter, progress):
+            stop.code = 1
+            progress.say(f"{where}, not saved: --resume goes on with the last checkpoint")
+        else:
+            progress.say(f"{where}, saved: go on by the same command with --resume")
+        raise stop
+
+    def _save(self, meter: Meter | None, progress: TrainProgress) -> bool:
+        """Writes a checkpoint, amid an epoch if there is a meter; a full disk ends no run."""
+        self.state.sums = meter.sums(self.accelerator) if meter else []
+        try:
+            self.checkpoints.save(self.state.step, self.state.to_json())
+        except CheckpointError as error:
+            progress.say(f"{error}; the checkpoint before it is as it was")
+            return False
+        return True
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields this epoch's batches, as many as are left of the run."""
-        self.train_loader.set_epoch(epoch)
-        left = self.total_steps - epoch * self.steps_per_epoch
+        """Yields this epoch's batches, as many as are left of it and of the run."""
+        first = epoch * self.steps_per_epoch
+        self.train_loader.set_epoch(epoch, self.state.step - first)
+        left = self.total_steps - self.state.step
         for _, batch in zip(range(left), self.train_loader, strict=False):
             yield batch
 
