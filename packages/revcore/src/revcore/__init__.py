@@ -3,6 +3,7 @@
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling, bounded_adapter, exp_adapter, sigmoid_adapter
 from revcore.coupling import Coupling
+from revcore.drift import Drift, track_drift
 from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
 from revcore.memory import track_memory
@@ -12,6 +13,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Coupling",
+    "Drift",
     "FixedPointCoupling",
     "HalfStep",
     "ReversibleBlock",
@@ -21,5 +23,6 @@ __all__ = [
     "exp_adapter",
     "set_reversing",
     "sigmoid_adapter",
+    "track_drift",
     "track_memory",
 ]

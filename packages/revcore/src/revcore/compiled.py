@@ -69,8 +69,8 @@ def run_compiled(
     """
     if any(step.grid is not None for step in steps):
         raise RuntimeError(
-            "a fixed-point chain cannot be compiled as a whole: its forward pass and its repetition "
-            "would be two graphs, which may round differently. Compile its branches instead, "
+            "a fixed-point chain cannot be compiled as a whole: its forward pass and its "
+            "repetition would be two graphs, which may round differently. Compile its branches, "
             "branch.compile()."
         )
     streams = tuple([_dense(stream) for stream in streams])

@@ -138,7 +138,10 @@ def _run(
         if tape is None:
             outputs = step.apply(partial(_run_stored, step, kwargs), inputs)
         else:
+            before = len(tape.records)
             outputs = _run_reversed(tape, step, inputs, kwargs)
+            if tape.drift is not None and len(tape.records) > before:
+                tape.truth.append(tuple(stream.detach() for stream in current))
         if watch.bits is not None:
             watch.note(outputs)
         for index, output in zip(step.writes, outputs):  # noqa: B905 - as many, by contract
