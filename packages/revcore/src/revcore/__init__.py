@@ -4,6 +4,7 @@ from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling, bounded_adapter, exp_adapter, sigmoid_adapter
 from revcore.check import BlockCheck, InvertibilityReport, check_invertible
 from revcore.coupling import Coupling
+from revcore.drift import Drift, track_drift
 from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
 from revcore.memory import track_memory
@@ -14,6 +15,7 @@ __all__ = [
     "AffineCoupling",
     "BlockCheck",
     "Coupling",
+    "Drift",
     "FixedPointCoupling",
     "HalfStep",
     "InvertibilityReport",
@@ -25,5 +27,6 @@ __all__ = [
     "exp_adapter",
     "set_reversing",
     "sigmoid_adapter",
+    "track_drift",
     "track_memory",
 ]

@@ -54,7 +54,7 @@ class Coupling(nn.Module, Scheme):
         It is called for each pass, so a subclass may decide by its present attributes.
         """
         # nn.Module.__getattr__ takes a microsecond for each of them, in each pass.
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         return (HalfStep(self, modules["f"], 0, 1), HalfStep(self, modules["g"], 1, 0))
 
     def inverse_half_steps(self) -> Sequence[HalfStep]:

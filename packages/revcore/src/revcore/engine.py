@@ -18,13 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from revcore.compiled import run_compiled
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
-from revcore.versions import version
 from revcore.step import Step
 from revcore.streams import Streams, join, split
 from revcore.tape import Tape
+from revcore.versions import version
 
 
 class _Call:
@@ -103,6 +104,8 @@ class _StepNode(torch.autograd.Function):
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
     """Runs steps: reversed where a chain is recording in this thread, stored otherwise."""
+    if torch.compiler.is_compiling():
+        return run_compiled(steps, (), streams, kwargs, reversing=False)
     call = _thread.call
     if call is None:
         call = _Call(None)
@@ -135,7 +138,10 @@ def _run(
         if tape is None:
             outputs = step.apply(partial(_run_stored, step, kwargs), inputs)
         else:
+            before = len(tape.records)
             outputs = _run_reversed(tape, step, inputs, kwargs)
+            if tape.drift is not None and len(tape.records) > before:
+                tape.truth.append(tuple(stream.detach() for stream in current))
         if watch.bits is not None:
             watch.note(outputs)
         for index, output in zip(step.writes, outputs):  # noqa: B905 - as many, by contract

@@ -46,6 +46,9 @@ class Scheme(ABC):
 def _vjp(
     function: Callable[[Tensor, Tensor], Tensor], a: Tensor, t: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        grads: tuple[Tensor, Tensor] = torch.func.vjp(function, a, t)[1](grad)
+        return grads
     with torch.enable_grad():
         a = a.detach().requires_grad_()
         t = t.detach().requires_grad_()
@@ -134,3 +137,24 @@ class HalfStep(Step):
         vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
         grad_a, grad_t = vjp(a, t, grads[0])
         return (grad_a, *graph.differentiate(needed[1:], grad_t, self.branch))
+
+    def backward_traced(
+        self,
+        function: Callable[..., Tensor],
+        leaves: Sequence[Tensor],
+        streams: list[Tensor],
+        kept: Sequence[Tensor] | None,
+        grads: list[Tensor],
+    ) -> Sequence[Tensor]:
+        target, source = self.reads
+        t, pullback, *_ = torch.func.vjp(function, streams[source], *leaves)
+        if kept is None:
+            back = self.scheme.combine if self.inverted else self.scheme.uncombine
+            streams[target] = back(streams[target], t)
+        else:
+            streams[:] = kept
+        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
+        grads[target], grad_t = vjp(streams[target], t, grads[target])
+        grad_b, *found = pullback(grad_t.to(t.dtype))
+        grads[source] = grads[source] + grad_b
+        return tuple(found)

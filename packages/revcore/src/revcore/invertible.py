@@ -75,6 +75,27 @@ class InvertibleStep(Step):
             return (*[None] * count, *grad_leaves)
         return (*self._split(grad_x, streams), *grad_leaves)
 
+    def backward_traced(
+        self,
+        function: Callable[..., Tensor],
+        leaves: Sequence[Tensor],
+        streams: list[Tensor],
+        kept: Sequence[Tensor] | None,
+        grads: list[Tensor],
+    ) -> Sequence[Tensor]:
+        if self.inverted:
+            raise RuntimeError(
+                f"the inverse of {type(self.branch).__name__} cannot be compiled in a chain; call "
+                "chain.inverse outside of torch.compile"
+            )
+        if kept is None:
+            kept = self._split(self._directions()[1](self._join(streams)), streams)
+        streams[:] = kept
+        _, pullback, *_ = torch.func.vjp(function, self._join(streams), *leaves)
+        grad_x, *found = pullback(self._join(grads))
+        grads[:] = self._split(grad_x, streams)
+        return tuple(found)
+
     def _join(self, streams: Sequence[Tensor]) -> Tensor:
         return streams[0] if len(streams) == 1 else torch.cat(tuple(streams), self.split_dim)
 

@@ -38,7 +38,7 @@ _QUIET: frozenset[type[nn.Module]] = frozenset(
 def draw_nothing(modules: Sequence[nn.Module]) -> bool:
     """Tells whether these modules are known to draw no random numbers."""
     return _QUIET.issuperset(map(type, modules)) and not any(
-        [module._forward_hooks or module._forward_pre_hooks for module in modules]
+        module._forward_hooks or module._forward_pre_hooks for module in modules
     )
 
 
@@ -64,10 +64,7 @@ def get_states(x: Tensor) -> States:
 
 def moved(before: States, after: States) -> bool:
     """Tells whether a generator is in another state; both were read one after the other."""
-    for one, two in zip(before, after):  # noqa: B905 - of the same device
-        if one is not two:
-            return True
-    return False
+    return any(one is not two for one, two in zip(before, after, strict=True))
 
 
 def is_capturing(device: torch.device) -> bool:

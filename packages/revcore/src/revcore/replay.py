@@ -28,7 +28,7 @@ from revcore.versions import changed, version, versions
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
 # repeats a training-mode run exactly and is cheaper than exchanging buffers. Subclasses may use
 # their buffers in other ways and take the general path.
-_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
 
 # Random generators, buffers and training flags belong to the process or to the module, not to a
 # call, so only one thread at a time may run a branch for the first time or repeat it.
@@ -75,22 +75,26 @@ class Replay:
         self._same_graph = same_graph
         # Modules and parameters are read at call time, because a module may hold others at another
         # call (torch.func.functional_call, FSDP). nn.Module.modules takes four times as long.
-        modules = [branch]
+        modules: list[Any] = [branch]
         for module in modules:  # grows meanwhile
             if module._modules:
-                modules += module._modules.values()  # type: ignore[arg-type]
+                modules += module._modules.values()
         if None in modules or len(set(modules)) < len(modules):
             modules = [module for module in dict.fromkeys(modules) if module is not None]
         self._modules = modules
         self._training = [module.training for module in modules]
-        self._tables = [(m._parameters, dict(m._parameters)) for m in modules if m._parameters]
-        leaves = [v for _, found in self._tables for v in found.values() if v is not None]
+        self._tables: list[tuple[_Table, _Table]] = [
+            (m._parameters, dict(m._parameters)) for m in modules if m._parameters
+        ]
+        leaves: list[Tensor] = [
+            v for _, found in self._tables for v in found.values() if v is not None
+        ]
         if len(set(map(id, leaves))) < len(leaves):
             leaves = list({id(value): value for value in leaves}.values())
         self._buffered = [module for module in modules if module._buffers]
         self._norms: list[nn.Module] = []
         if self._buffered:
-            norms = [m for m in self._buffered if m.training and type(m) in _BATCH_NORMS]
+            norms = [m for m in self._buffered if m.training and type(m) in BATCH_NORMS]
             self._norms = [module for module in norms if module.track_running_stats]
             self._buffered = [module for module in self._buffered if module not in norms]
         self._quiet = draw_nothing(modules)
@@ -211,9 +215,9 @@ class Replay:
             aliases = {id(v): v.detach().requires_grad_(v.requires_grad) for v in hooked}
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
         with torch.enable_grad():
-            first = torch.autograd._get_sequence_nr()
+            first = torch._C._autograd._get_sequence_nr()
             t = self._repeat(self._call, x, aliases)
-            nodes = torch.autograd._get_sequence_nr() - first
+            nodes = torch._C._autograd._get_sequence_nr() - first
         # Arguments may hold other tensors at each call.
         return Graph(t, [x, *leaves], None if self._kwargs else nodes)
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
+from revcore.compiled import refuse_randomness, run_compiled
 from revcore.coupling import Coupling
 from revcore.engine import keep, reverse, run
 from revcore.fixed_point import FixedPointCoupling
 from revcore.invertible import InvertibleStep
-from revcore.streams import Streams
+from revcore.randomness import draw_nothing
+from revcore.step import Step
+from revcore.streams import Streams, join, split
 
 _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "additive": AdditiveCoupling,
@@ -25,7 +30,96 @@ _COUPLINGS: dict[str, Callable[..., Coupling]] = {
 M = TypeVar("M", bound=nn.Module)
 
 
-class ReversibleBlock(nn.Module):
+class _Reversible(nn.Module, ABC):
+    """What a block and a chain share: two directions, reversed or stored, compiled or not.
+
+    Attributes:
+        reversing: Whether to reverse (True) or store activations as plain autograd does.
+        split_dim: Dimension along which a single input tensor is split.
+    """
+
+    reversing: bool
+    split_dim: int
+
+    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps one tensor to one tensor, or streams to a tuple of as many.
+
+        Args:
+            x: One tensor, which is split in equal parts along `split_dim`, or the streams, which
+                may be of any sizes that the branches fit.
+            kwargs: Passed to every branch. Tensors among them get their gradients.
+
+        Returns:
+            A tensor like the input, or a tuple of streams.
+
+        Raises:
+            ValueError: If a single tensor cannot be split in equal streams.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled(x, kwargs, inverted=False)
+        return reverse(self, self._forward, x, kwargs)
+
+    def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps the output of `forward` back to its input, up to rounding.
+
+        Takes, returns and raises what `forward` does, and keeps no activations either.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled(y, kwargs, inverted=True)
+        return reverse(self, self._inverse, y, kwargs)
+
+    @property
+    @abstractmethod
+    def streams(self) -> int:
+        """How many streams a single input tensor is split in."""
+
+    @abstractmethod
+    def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        """Runs all steps, by the eager engine."""
+
+    @abstractmethod
+    def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        """Undoes all steps, by the eager engine."""
+
+    @abstractmethod
+    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
+        """Lists the steps for so many streams, and the numbers of those whose input is kept."""
+
+    def _compiled(
+        self, x: tuple[Tensor, ...], kwargs: dict[str, Any], *, inverted: bool
+    ) -> Tensor | Streams:
+        streams = split(x, self.split_dim, self.streams)
+        steps, kept = self._plan(len(streams), inverted=inverted)
+        if self.reversing and torch.is_grad_enabled() and not self._draws_nothing():
+            names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+            tensors = [*streams, *(kwargs[name] for name in names)]
+            # As numbers, because only constants can be passed.
+            shapes = [[int(size) for size in tensor.shape] for tensor in tensors]
+            dtypes = [tensor.dtype for tensor in tensors]
+            self._refuse_randomness(inverted, shapes, dtypes, str(tensors[0].device), names)
+        y = run_compiled(steps, kept, streams, kwargs, reversing=self.reversing)
+        return join(x, y, self.split_dim)
+
+    # Both run once, in Python, while Dynamo traces, which takes their results for constants.
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def _draws_nothing(self) -> bool:
+        steps, _ = self._plan(self.streams, inverted=False)
+        return all(draw_nothing(list(step.branch.modules())) for step in steps)
+
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def _refuse_randomness(
+        self,
+        inverted: bool,
+        shapes: list[list[int]],
+        dtypes: list[torch.dtype],
+        device: str,
+        names: list[str],
+    ) -> None:
+        steps, _ = self._plan(len(shapes) - len(names), inverted=inverted)
+        refuse_randomness(steps, shapes, dtypes, device, names)
+
+
+class ReversibleBlock(_Reversible):
     """Creates a block that keeps no activations and reconstructs them in the backward pass.
 
     References:
@@ -85,33 +179,17 @@ class ReversibleBlock(nn.Module):
         self.keep_input_inverse = keep_input_inverse
         self.reversing = True
 
-    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
-        """Maps one tensor to one tensor, or streams to a tuple of as many.
-
-        Args:
-            x: One tensor, which is split in equal parts along `split_dim`, or the streams, which
-                may be of any sizes that the branches fit.
-            kwargs: Passed to every branch. Tensors among them get their gradients.
-
-        Returns:
-            A tensor like the input, or a tuple of streams.
-
-        Raises:
-            ValueError: If a single tensor cannot be split in equal streams.
-        """
-        return reverse(self, self._forward, x, kwargs)
-
-    def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
-        """Maps the output of `forward` back to its input, up to rounding.
-
-        Takes, returns and raises what `forward` does, and keeps no activations either.
-        """
-        return reverse(self, self._inverse, y, kwargs)
-
     @property
     def streams(self) -> int:
         """How many streams a single input tensor is split in."""
         return self.coupling.streams
+
+    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
+        if inverted:
+            steps, keep_input = self.coupling.inverse_half_steps(), self.keep_input_inverse
+        else:
+            steps, keep_input = self.coupling.half_steps(), self.keep_input
+        return list(steps), [0] if keep_input else []
 
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         if self.keep_input:
@@ -130,7 +208,7 @@ class ReversibleBlock(nn.Module):
         )
 
 
-class ReversibleSequential(nn.Sequential):
+class ReversibleSequential(_Reversible, nn.Sequential):
     """Creates a chain of reversible blocks whose memory does not grow with its length.
 
     The streams stay apart between the blocks. The chain's own `split_dim` says how its input is
@@ -197,33 +275,31 @@ class ReversibleSequential(nn.Sequential):
         part.reversing = self.reversing
         return part
 
-    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
-        """Maps one tensor to one tensor, or streams to a tuple of as many.
-
-        Args:
-            x: One tensor, which is split in equal parts along `split_dim`, or the streams, which
-                may be of any sizes that the branches fit.
-            kwargs: Passed to every branch. Tensors among them get their gradients.
-
-        Returns:
-            A tensor like the input, or a tuple of streams.
-
-        Raises:
-            ValueError: If a single tensor cannot be split in equal streams.
-        """
-        return reverse(self, self._forward, x, kwargs)
-
-    def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
-        """Maps the output of `forward` back to its input, up to rounding.
-
-        Takes, returns and raises what `forward` does, and keeps no activations either.
-        """
-        return reverse(self, self._inverse, y, kwargs)
-
     @property
     def streams(self) -> int:
         """How many streams a single input tensor is split in: as many as the couplings have."""
         return max((block.streams for block in self if _is_ours(block)), default=1)
+
+    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
+        steps: list[Step] = []
+        kept: list[int] = []
+        for block in reversed(list(self)) if inverted else self:
+            if block._forward_hooks or block._forward_pre_hooks:
+                raise RuntimeError(
+                    f"{type(block).__name__} has a forward hook, which does not run in a compiled "
+                    "chain: remove it, or hook a branch or the chain"
+                )
+            if isinstance(block, _Reversible):
+                own, own_kept = block._plan(count, inverted=inverted)
+            elif isinstance(block, Coupling):
+                own_kept = []
+                own = list(block.inverse_half_steps() if inverted else block.half_steps())
+            else:
+                own_kept = []
+                own = [InvertibleStep(block, count, self.split_dim, inverted=inverted)]
+            kept += [len(steps) + number for number in own_kept]
+            steps += own
+        return steps, kept
 
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         # Blocks are called, not unrolled, so that their hooks run (FSDP has some).
@@ -253,8 +329,8 @@ class ReversibleSequential(nn.Sequential):
         )
 
 
-def _is_ours(block: nn.Module) -> TypeGuard[ReversibleBlock | Coupling | ReversibleSequential]:
-    return isinstance(block, (ReversibleBlock, Coupling, ReversibleSequential))
+def _is_ours(block: nn.Module) -> TypeGuard[_Reversible | Coupling]:
+    return isinstance(block, (_Reversible, Coupling))
 
 
 def _several(streams: Tensor | Streams) -> Streams:
@@ -282,6 +358,6 @@ def set_reversing(module: M, enabled: bool) -> M:
         False
     """
     for part in module.modules():
-        if isinstance(part, (ReversibleBlock, ReversibleSequential)):
+        if isinstance(part, _Reversible):
             part.reversing = enabled
     return module

@@ -74,5 +74,27 @@ class Step(ABC):
         """
 
     @abstractmethod
+    def backward_traced(
+        self,
+        function: Callable[..., Tensor],
+        leaves: Sequence[Tensor],
+        streams: list[Tensor],
+        kept: Sequence[Tensor] | None,
+        grads: list[Tensor],
+    ) -> Sequence[Tensor]:
+        """Does what `backward` does, in code that torch.compile can trace.
+
+        Args:
+            function: The branch as a function of its input and of `leaves`.
+            leaves: The branch's leaves.
+            streams: All streams after the step; on return, before it.
+            kept: All streams before the step, if they were kept.
+            grads: Gradients of all streams after the step; on return, before it.
+
+        Returns:
+            Gradients of the leaves.
+        """
+
+    @abstractmethod
     def inverse(self) -> Step:
         """Creates the step that undoes this one."""

@@ -1,0 +1,260 @@
+"""The compiled engine: one autograd node for a chain, which `torch.compile` can trace.
+
+Dynamo cannot follow the tape of the eager engine, but it can follow a loop over steps with
+`torch.func.vjp`. Forward keeps the last streams; backward walks down from them, as the eager engine
+does, in one graph. A branch is repeated as a function of its parameters and buffers, so nothing has
+to be put back afterwards.
+
+Where something cannot be repeated here an error is raised while tracing. With `fullgraph=True` it
+reaches the user; without, torch falls back to the eager engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from revcore.randomness import RefuseRandomness
+from revcore.replay import BATCH_NORMS
+from revcore.step import Step
+from revcore.streams import Streams
+
+_RANDOM = (
+    "random numbers in a branch cannot be repeated in a compiled chain. Compile without dropout, "
+    "compile the branches instead of the chain (branch.compile()), or store the activations: "
+    "revcore.set_reversing(model, False)."
+)
+
+
+_NO_CAST = ("cpu", False, torch.bfloat16)
+
+
+class _Branch(NamedTuple):
+    """A step, and which tensors belong to its branch.
+
+    Attributes:
+        step: The step.
+        parameters: Names of the branch's parameters.
+        buffers: Names of the buffers that a second run must find as the first one found them.
+    """
+
+    step: Step
+    parameters: list[str]
+    buffers: list[str]
+
+
+def run_compiled(
+    steps: Sequence[Step],
+    kept: Sequence[int],
+    streams: Streams,
+    kwargs: Mapping[str, Any],
+    *,
+    reversing: bool,
+) -> Streams:
+    """Runs the steps of a whole chain while torch.compile traces.
+
+    Args:
+        steps: All steps, in order.
+        kept: Numbers of the steps whose input streams are kept.
+        streams: The input.
+        kwargs: Extra arguments of all branches.
+        reversing: Whether to reverse or to store.
+
+    Raises:
+        RuntimeError: If the steps cannot be traced.
+    """
+    if any(step.grid is not None for step in steps):
+        raise RuntimeError(
+            "a fixed-point chain cannot be compiled as a whole: its forward pass and its "
+            "repetition would be two graphs, which may round differently. Compile its branches, "
+            "branch.compile()."
+        )
+    streams = tuple([_dense(stream) for stream in streams])
+    if not (reversing and torch.is_grad_enabled()):
+        return _forward(steps, (), streams, kwargs)[0]
+    branches: list[_Branch] = []
+    leaves: list[Tensor] = []
+    for step in steps:
+        named = dict(step.branch.named_parameters())
+        branches.append(_Branch(step, list(named), _repeated_buffers(step.branch)))
+        leaves += named.values()
+    names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    arguments = [kwargs[name] for name in names]
+    outputs: Streams = _ChainNode.apply(
+        (branches, set(kept), dict(kwargs), names), len(streams), *streams, *arguments, *leaves
+    )
+    return outputs
+
+
+def _forward(
+    steps: Sequence[Step], kept: Any, streams: Streams, kwargs: Mapping[str, Any]
+) -> tuple[Streams, list[Tensor]]:
+    current, anchors = list(streams), []
+    for number, step in enumerate(steps):
+        if number in kept:
+            anchors += current
+
+        def run(x: Tensor, step: Step = step) -> Tensor:
+            return step.call(x, **kwargs)
+
+        outputs = step.apply(run, [current[index] for index in step.reads])
+        for index, output in zip(step.writes, outputs, strict=True):
+            current[index] = output
+    return tuple(current), anchors
+
+
+class _ChainNode(torch.autograd.Function):
+    """A chain, reversed: all streams to all streams."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Any, count: int, *tensors: Tensor) -> Streams:
+        branches, kept, kwargs, names = plan
+        ctx.plan, ctx.count = plan, count
+        ctx.autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ("cpu", tensors[0].device.type)
+        ]
+        buffers = [
+            branch.step.branch.get_buffer(name).clone()
+            for branch in branches
+            for name in branch.buffers
+        ]
+        kwargs = {**kwargs, **dict(zip(names, tensors[count:], strict=False))}
+        steps = [branch.step for branch in branches]
+        outputs, anchors = _forward(steps, kept, tensors[:count], kwargs)
+        ctx.sizes = (len(anchors), len(buffers))
+        ctx.save_for_backward(*outputs, *anchors, *buffers, *tensors[count:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        branches, kept, kwargs, names = ctx.plan
+        count, (anchored, buffered) = ctx.count, ctx.sizes
+        saved = list(ctx.saved_tensors)
+        streams, anchors = saved[:count], saved[count : count + anchored]
+        rest = saved[count + anchored :]
+        buffers, arguments = rest[:buffered], rest[buffered : buffered + len(names)]
+        leaves = rest[buffered + len(names) :]
+        stream_grads = list(grads)
+        leaf_grads: list[Tensor] = []
+        argument_grads = [torch.zeros_like(argument) for argument in arguments]
+        for number in reversed(range(len(branches))):
+            step, parameters, found = branches[number]
+            own = leaves[len(leaves) - len(parameters) :]
+            leaves = leaves[: len(leaves) - len(parameters)]
+            state = dict(zip(found, buffers[len(buffers) - len(found) :], strict=True))
+            buffers = buffers[: len(buffers) - len(found)]
+            before = None
+            if number in kept:
+                before, anchors = anchors[-count:], anchors[:-count]
+            function = _Function(
+                step,
+                parameters=parameters,
+                buffers=state,
+                names=names,
+                kwargs=kwargs,
+                autocast=ctx.autocast,
+            )
+            gradients = step.backward_traced(
+                function, [*arguments, *own], streams, before, stream_grads
+            )
+            extra, own_grads = gradients[: len(names)], gradients[len(names) :]
+            argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
+            leaf_grads = [*own_grads, *leaf_grads]
+        return (None, None, *stream_grads, *argument_grads, *leaf_grads)
+
+
+class _Function:
+    """A branch as a function of its input, of the tensors among the arguments, and parameters."""
+
+    def __init__(
+        self,
+        step: Step,
+        *,
+        parameters: list[str],
+        buffers: Mapping[str, Tensor],
+        names: list[str],
+        kwargs: Mapping[str, Any],
+        autocast: Sequence[tuple[str, bool, torch.dtype]],
+    ) -> None:
+        self.step = step
+        self.parameters = parameters
+        self.buffers = buffers
+        self.names = names
+        self.kwargs = kwargs
+        self.autocast = autocast
+
+    def __call__(self, x: Tensor, *leaves: Tensor) -> Tensor:
+        branch = self.step.branch
+        arguments, own = leaves[: len(self.names)], leaves[len(self.names) :]
+        state = dict(zip(self.parameters, own, strict=True))
+        for name, buffer in branch.named_buffers():
+            # A clone, because the branch may change it, and the first run has done so already.
+            state[name] = self.buffers.get(name, buffer).clone()
+        kwargs = {**self.kwargs, **dict(zip(self.names, arguments, strict=True))}
+        # The CPU's state, and that of the device if it is another one; twice the same does no harm.
+        (kind, enabled, dtype), (kind_2, enabled_2, dtype_2) = self.autocast
+        with (
+            torch.autocast(kind, dtype=dtype, enabled=enabled),
+            torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
+        ):
+            t: Tensor = torch.func.functional_call(branch, state, (x,), kwargs)
+        return t
+
+
+def refuse_randomness(
+    steps: Sequence[Step],
+    shapes: Sequence[Sequence[int]],
+    dtypes: Sequence[torch.dtype],
+    device: str,
+    names: Sequence[str],
+) -> None:
+    """Runs steps on tensors without data, to see that none draws random numbers.
+
+    Args:
+        steps: What to run.
+        shapes: Shapes of the streams, then of the arguments.
+        dtypes: Their dtypes.
+        device: Their device.
+        names: Names of the arguments.
+
+    Raises:
+        RuntimeError: If one does.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), RefuseRandomness(_RANDOM):
+        tensors = [
+            torch.empty(shape, dtype=dtype, device=device)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        count = len(tensors) - len(names)
+        streams, kwargs = tensors[:count], dict(zip(names, tensors[count:], strict=True))
+        for step in steps:
+            function = _Function(
+                step,
+                parameters=[],
+                buffers={},
+                names=[],
+                kwargs=kwargs,
+                autocast=(_NO_CAST, _NO_CAST),
+            )
+            outputs = step.apply(function, [streams[index] for index in step.reads])
+            for index, output in zip(step.writes, outputs, strict=True):
+                streams[index] = output
+
+
+def _repeated_buffers(branch: nn.Module) -> list[str]:
+    """Names the buffers that must be what they were; batch norms in training read none."""
+    names = []
+    for prefix, module in branch.named_modules():
+        if not (module.training and type(module) in BATCH_NORMS):
+            for name, _ in module.named_buffers(recurse=False):
+                names.append(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.clone()
