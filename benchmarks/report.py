@@ -38,6 +38,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "docs" / "index.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "when-not.md",
     ROOT / "docs" / "packages" / "revdata.md",
     ROOT / "docs" / "training" / "processes.md",
 ]
@@ -67,13 +68,16 @@ def fill(text: str) -> str:
     """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
     tables = {
         "caption": caption,
+        "alternatives": alternatives,
+        "batches": batches,
+        "cells": cells,
+        "depth": depth,
         "digits": digits,
+        "kernels": kernels,
+        "loaders": loaders,
+        "overhead": overhead,
         "runs": runs,
         "steps": steps,
-        "batches": batches,
-        "kernels": kernels,
-        "cells": cells,
-        "loaders": loaders,
         "several": several_gpus,
     }
 
@@ -342,6 +346,47 @@ def caption() -> str:
         f"{first.stored.activation_bytes / 1e6:,.0f} to {last.stored.activation_bytes / 1e6:,.0f} "
         f"MB stored, and from {first.reversing.activation_bytes / 1e6:,.1f} to "
         f"{last.reversing.activation_bytes / 1e6:,.1f} MB reversed."
+    )
+
+
+def depth() -> str:
+    """Returns memory and time over depth on a GPU."""
+    record = read("depth.json")
+    return f"{record['model']} on {hardware(record)}, eager:\n\n{cost_table(record)}"
+
+
+def overhead() -> str:
+    """Returns what a branch costs that computes next to nothing."""
+    parts = []
+    for name in ("overhead-cpu.json", "overhead-cuda.json"):
+        record = read(name)
+        rows = [
+            [branch, *(f"{value:.0f}" for value in times.values())]
+            for branch, times in record["microseconds"].items()
+        ]
+        ways_ = ", ".join(next(iter(record["microseconds"].values())))
+        parts.append(f"{hardware(record)}:\n\n{table(f'branch, {ways_}', rows)}")
+    return "\n\n".join(parts)
+
+
+def alternatives() -> str:
+    """Returns the costs of storing, checkpointing and reversing the same blocks."""
+    record = read("alternatives-cpu.json")
+    stored = record["ways"]["stored"]["step_seconds"]
+    rows = [
+        [
+            way.replace(",", ":"),
+            f"{cost['activation_bytes'] / 1e6:,.1f}",
+            f"{cost['peak_bytes'] / 1e6:,.1f}",
+            f"{cost['step_seconds'] / stored:.2f}",
+        ]
+        for way, cost in record["ways"].items()
+    ]
+    batch = "x".join(map(str, record["batch"]))
+    return (
+        f"{record['blocks']} blocks, a batch of {batch}, on {hardware(record)}, by "
+        f"`{record['command']}`:\n\n"
+        + table("way, kept MB, peak MB, time of a step / that of storing", rows)
     )
 
 

@@ -215,7 +215,7 @@ def readiness(
     ready: list[tuple[int, Any]] = []
 
     # Without annotations: here they would be strings, which DDP takes for wrong types.
-    def hook(_, bucket):  # type: ignore[no-untyped-def]
+    def hook(_, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         ready.append((bucket.buffer().nbytes, mark(device)))
         return allreduce_hook(dist.group.WORLD, bucket)
 

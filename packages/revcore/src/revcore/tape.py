@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from revcore.drift import track_drift
 from revcore.replay import Replay
 from revcore.step import Step
 from revcore.streams import Streams
@@ -54,6 +55,9 @@ class Tape:
     def __init__(self) -> None:
         # Each step of this call, and how to repeat its branch.
         self.records: list[tuple[Step, Replay]] = []
+        # The true streams before each step, where drift is measured.
+        self.drift = track_drift.current
+        self.truth: list[Streams] = []
         self._anchors: dict[int, Saved] = {}
         self._outputs: Saved | None = None
         self._cursor: tuple[int, list[Tensor]] | None = None
@@ -116,11 +120,15 @@ class Tape:
 
     def leave(self, index: int, streams: list[Tensor], *, retain: bool) -> None:
         """Ends the visit of step `index`, with the streams as they stood before it."""
+        if self.drift is not None:
+            branch = self.records[index][0].branch
+            self.drift.compare(branch, streams, self.truth[index])
         if index > 0:
             self._cursor = (index, streams)
         elif not retain:
             # Nothing needs the tape any more, and the graph may live as long as the caller's loss.
             self._released = True
             self.records.clear()
+            self.truth.clear()
             self._anchors.clear()
             self._outputs = None
