@@ -194,6 +194,26 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session(requires=["build", "torch"], default=False)
+def memcnn(session: nox.Session) -> None:
+    """Load what MemCNN saves, and run MemCNN's own tests on ours."""
+    install(session, "revmodels", "numpy", "torchvision", *TEST_TOOLS)
+    # What it declares would bring another torch, and packages that its nets do not need.
+    session.install("--no-deps", "memcnn")
+    session.run("python", "-m", "pytest", "tests/memcnn")
+    suite = ("python", "-m", "pytest", "-p", "shim", "--pyargs", "memcnn.models.tests")
+    paths = {"PYTHONPATH": str(ROOT / "tests" / "memcnn")}
+    session.run(*suite, env=paths)
+    session.run(*suite, "--left-alone", env=paths)
+
+
+@nox.session(requires=["build", "torch"])
+def examples(session: nox.Session) -> None:
+    """Run the examples, each in less than a minute."""
+    install(session, "revmodels", "torchvision", "scikit-learn", "lightning", "pytest>=8.3")
+    session.run("python", "-m", "pytest", "tests/test_examples.py", *session.posargs)
+
+
+@nox.session(requires=["build", "torch"], default=False)
 def chaos(session: nox.Session) -> None:
     """Kill tiny training runs at random moments, resume them and compare bits; -- --kills 300."""
     install(session, EVERYTHING, *TEST_TOOLS)

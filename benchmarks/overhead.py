@@ -65,7 +65,7 @@ def ours(pairs: Pairs) -> Net:
 
 
 def by_revtorch(pairs: Pairs) -> Net:
-    # Without the same seed for both runs of a branch, gradients are wrong where there is dropout.
+    # Without the same seed in both runs of a branch its gradients are wrong where there is dropout.
     draws = any(isinstance(module, nn.Dropout) for f, _ in pairs for module in f.modules())
     blocks = nn.ModuleList(
         revtorch.ReversibleBlock(f, g, split_along_dim=1, fix_random_seed=draws) for f, g in pairs

@@ -38,7 +38,9 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "docs" / "index.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "when-not.md",
     ROOT / "docs" / "packages" / "revdata.md",
+    ROOT / "docs" / "training" / "processes.md",
 ]
 
 
@@ -66,13 +68,17 @@ def fill(text: str) -> str:
     """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
     tables = {
         "caption": caption,
+        "alternatives": alternatives,
+        "batches": batches,
+        "cells": cells,
+        "depth": depth,
         "digits": digits,
+        "kernels": kernels,
+        "loaders": loaders,
+        "overhead": overhead,
         "runs": runs,
         "steps": steps,
-        "batches": batches,
-        "kernels": kernels,
-        "cells": cells,
-        "loaders": loaders,
+        "several": several_gpus,
     }
 
     def replacement(match: re.Match[str]) -> str:
@@ -190,6 +196,74 @@ def kernels() -> str:
     return "\n\n".join(parts) or "No record yet."
 
 
+def several_gpus() -> str:
+    """Returns what several GPUs of one machine do: the same training, and how fast."""
+    parts = []
+    for record in records("several-gpus*.json"):
+        count = record["hardware"]["processes"]
+        parts.append(f"On {count} x {machine(record)}, by `{record['command']}`:")
+        checks = [[text, "yes" if good else "no"] for text, good in several_checks(record)]
+        parts.append(table("question, answer", checks))
+        speed = record.get("speed", {})
+        rows = []
+        for row in speed.get("rows", []):
+            name = [f"{row['model']}, {'reversed' if row['reversing'] else 'stored'}", row["way"]]
+            if "error" in row:
+                rows.append([*name, f"{row['processes']}", row["error"], "", "", ""])
+                continue
+            ranks = [row[key] for key in ("kept_bytes_of_ranks", "peak_bytes_of_ranks")]
+            rows.append(
+                [
+                    *(*name, f"{row['processes']}", f"{row['images_per_second']:,.0f}"),
+                    f"{row['step_ms']:.1f}",
+                    *(megabytes(None if None in of else max(of)) for of in ranks),
+                ]
+            )
+        if rows:
+            parts.append(
+                f"Steps of {speed['batch_size_of_a_process']} images a process. *Kept* is what "
+                "stays between steps, *peak* the most in a step, both of the fullest rank:"
+            )
+            header = "network, shared by, processes, images per second, ms, kept MB, peak MB"
+            parts.append(table(header, rows))
+        ready = [row for row in speed.get("readiness", []) if "error" not in row]
+        if ready:
+            parts.append("When gradients are ready to be summed, from 0 to 1 of the backward pass:")
+            rows = [
+                [
+                    f"{row['model']}, {'reversed' if row['reversing'] else 'stored'}",
+                    f"{len(row['ready_at'])}",
+                    *(f"{row['ready_at'][at]:.2f}" for at in (0, len(row["ready_at"]) // 2, -1)),
+                ]
+                for row in ready
+            ]
+            parts.append(table("network, buckets, first, middle, last", rows))
+    return "\n\n".join(parts) or "No record yet."
+
+
+def several_checks(record: dict[str, Any]) -> list[tuple[str, bool]]:
+    checks = []
+    curve, resume = record.get("curve", {}), record.get("resume", {})
+    if "same_samples" in curve:
+        gaps = curve["several_against_one"]
+        first = gaps["first_steps_largest_relative_difference_of_loss"]
+        twin = curve["one_stored_against_one"]["largest_relative_difference_of_loss"]
+        losses = (
+            f"The loss of one GPU: first steps within {first:.1g} of it; all "
+            f"{len(curve['one']['step_losses'])} within "
+            f"{gaps['largest_relative_difference_of_loss']:.1g} (one GPU, stored: {twin:.1g})"
+        )
+        checks = [
+            ("The samples of one GPU in each step", curve["same_samples"]),
+            ("The same weights on all ranks at the end", curve["ranks_have_the_same_weights"]),
+            (losses, curve["good"]),
+        ]
+    if "compared" in resume:
+        text = f"The same bits, one rank killed, resumed after step {resume['resumed_after_step']}"
+        checks.append((text, resume["good"]))
+    return checks
+
+
 def cells() -> str:
     """Returns the cells of the results table: the mean over all seeds of a recipe."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -272,6 +346,47 @@ def caption() -> str:
         f"{first.stored.activation_bytes / 1e6:,.0f} to {last.stored.activation_bytes / 1e6:,.0f} "
         f"MB stored, and from {first.reversing.activation_bytes / 1e6:,.1f} to "
         f"{last.reversing.activation_bytes / 1e6:,.1f} MB reversed."
+    )
+
+
+def depth() -> str:
+    """Returns memory and time over depth on a GPU."""
+    record = read("depth.json")
+    return f"{record['model']} on {hardware(record)}, eager:\n\n{cost_table(record)}"
+
+
+def overhead() -> str:
+    """Returns what a branch costs that computes next to nothing."""
+    parts = []
+    for name in ("overhead-cpu.json", "overhead-cuda.json"):
+        record = read(name)
+        rows = [
+            [branch, *(f"{value:.0f}" for value in times.values())]
+            for branch, times in record["microseconds"].items()
+        ]
+        ways_ = ", ".join(next(iter(record["microseconds"].values())))
+        parts.append(f"{hardware(record)}:\n\n{table(f'branch, {ways_}', rows)}")
+    return "\n\n".join(parts)
+
+
+def alternatives() -> str:
+    """Returns the costs of storing, checkpointing and reversing the same blocks."""
+    record = read("alternatives-cpu.json")
+    stored = record["ways"]["stored"]["step_seconds"]
+    rows = [
+        [
+            way.replace(",", ":"),
+            f"{cost['activation_bytes'] / 1e6:,.1f}",
+            f"{cost['peak_bytes'] / 1e6:,.1f}",
+            f"{cost['step_seconds'] / stored:.2f}",
+        ]
+        for way, cost in record["ways"].items()
+    ]
+    batch = "x".join(map(str, record["batch"]))
+    return (
+        f"{record['blocks']} blocks, a batch of {batch}, on {hardware(record)}, by "
+        f"`{record['command']}`:\n\n"
+        + table("way, kept MB, peak MB, time of a step / that of storing", rows)
     )
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ decay = "weights"
 class Runs:
     """Starts the same training run again and again."""
 
-    def __init__(self, folder: Path, chosen: argparse.Namespace) -> None:
+    def __init__(
+        self, folder: Path, chosen: argparse.Namespace, launcher: Sequence[str] | None = None
+    ) -> None:
         self.folder = folder
         self.chosen = chosen
         recipe = folder / "recipe.toml"
@@ -54,8 +57,9 @@ class Runs:
         self.words += ["--deterministic", "--resume", "--no-memory"]
         self.words += ["--save-every", str(max(1, chosen.steps // 10)), *chosen.train]
         if chosen.processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone"]
-            self.words = [*launcher, f"--nproc-per-node={chosen.processes}", *self.words]
+            usual = ["-m", "torch.distributed.run", "--standalone"]
+            usual += [f"--nproc-per-node={chosen.processes}"]
+            self.words = [*(launcher or usual), *self.words]
 
     def start(self, name: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

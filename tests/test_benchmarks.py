@@ -69,3 +69,17 @@ def test_fixed_point_twins_are_the_same(tmp_path):
     assert record["first_difference"] is None
     assert record["largest_weight_difference"] == 0
     assert len(set(record["losses_reversed"])) == 8
+
+
+def test_several_processes_share_a_network_in_all_ways(tmp_path):
+    output = tmp_path / "several.json"
+    options = ("--cpu", "--parts", "speed", "--models", "revnet38", "--output", output)
+    done = run("several_gpus.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    speed = json.loads(output.read_text())["speed"]
+    ways = {(row["way"], row["processes"], row["reversing"]) for row in speed["rows"]}
+    assert {("one process", 1, True), ("DDP", 2, True), ("FSDP2, each block", 2, False)} <= ways
+    assert len(ways) == 2 * 8
+    assert all(row["images_per_second"] > 0 for row in speed["rows"])
+    for row in speed["readiness"]:  # so small a net fills one bucket, at the end of the pass
+        assert 0.5 < row["ready_at"][-1] <= 1

@@ -110,6 +110,15 @@ def test_invertible_modules_keep_no_activations(device):
     assert deep_peak <= shallow_peak + 4096
 
 
+def test_a_chain_of_one_stream_in_another_chain():
+    inner = revcore.ReversibleSequential(Rotation(4), Rotation(4))
+    chain = revcore.ReversibleSequential(inner, Rotation(4)).double()
+    plain = copy.deepcopy(chain)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = gradients(lambda x: plain[1](plain[0][1](plain[0][0](x))), plain, x)
+    assert_same(gradients(chain, chain, x), expected)
+
+
 def test_an_output_that_cannot_be_split_like_the_input():
     class Narrow(nn.Module):
         def forward(self, x):

@@ -164,3 +164,31 @@ def test_arguments_out_of_range(network, arguments, message):
 def test_odd_channels_cannot_be_split():
     with pytest.raises(ValueError, match=r"channels must be even, to be split .* got 15"):
         revmodels.RevNet("basic", (2, 2, 2), (8, 8, 15, 32))
+
+
+# MemCNN's own names; `python -m nox -s memcnn` compares all of them with a real MemCNN.
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [
+        ("resnet164", "conv1.weight", "stem.0.weight"),
+        ("resnet164", "bn_final.running_var", "norm.running_var"),
+        ("resnet164", "fc.bias", "classifier.bias"),
+        ("resnet164", "layer1.0.downsample.1.weight", "stages.0.0.shortcut.1.weight"),
+        ("resnet164", "layer3.4.bottleneck_sub.conv3.weight", "stages.2.4.branch.convs.2.weight"),
+        ("revnet38", "layer2.0.basicblock_sub.bn1.bias", "stages.1.transition.branch.norms.0.bias"),
+        ("revnet38", "layer1.0.revblock._fn.Fm.conv1.weight", "stages.0.chain.0.f.convs.0.weight"),
+        ("revnet38", "layer2.1.revblock._fn.Gm.bn2.weight", "stages.1.chain.0.g.norms.1.weight"),
+    ],
+)
+def test_names_of_memcnn(name, theirs, ours):
+    saved = {"layer2.0.downsample.0.weight": 0, "layer2.1.revblock._fn.Fm.bn1.weight": 1}
+    saved = (saved if name.startswith("rev") else {}) | {theirs: 2}
+    renamed = revmodels.from_memcnn(saved)
+    assert renamed[ours] == 2
+    assert renamed.keys() <= revmodels.create_model(name).state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["module.conv1.weight", "layer1.0.revblock.Fm.w", "fc"])
+def test_names_that_memcnn_does_not_have(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not a weight of MemCNN's ResNet"):
+        revmodels.from_memcnn({name: torch.zeros(1)})

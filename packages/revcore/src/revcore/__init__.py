@@ -2,6 +2,7 @@
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling, bounded_adapter, exp_adapter, sigmoid_adapter
+from revcore.check import BlockCheck, InvertibilityReport, check_invertible
 from revcore.coupling import Coupling
 from revcore.drift import Drift, track_drift
 from revcore.fixed_point import FixedPointCoupling
@@ -12,14 +13,17 @@ from revcore.sequential import ReversibleBlock, ReversibleSequential, set_revers
 __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
+    "BlockCheck",
     "Coupling",
     "Drift",
     "FixedPointCoupling",
     "HalfStep",
+    "InvertibilityReport",
     "ReversibleBlock",
     "ReversibleSequential",
     "Scheme",
     "bounded_adapter",
+    "check_invertible",
     "exp_adapter",
     "set_reversing",
     "sigmoid_adapter",

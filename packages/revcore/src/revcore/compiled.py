@@ -18,18 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from revcore.randomness import RefuseRandomness
+from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.replay import BATCH_NORMS
 from revcore.step import Step
 from revcore.streams import Streams
 
-_RANDOM = (
+RANDOM = (
     "random numbers in a branch cannot be repeated in a compiled chain. Compile without dropout, "
     "compile the branches instead of the chain (branch.compile()), or store the activations: "
     "revcore.set_reversing(model, False)."
 )
 
 
+_NO_BUFFERS: Mapping[str, Tensor] = {}
 _NO_CAST = ("cpu", False, torch.bfloat16)
 
 
@@ -175,11 +176,11 @@ class _Function:
         self,
         step: Step,
         *,
-        parameters: list[str],
-        buffers: Mapping[str, Tensor],
-        names: list[str],
         kwargs: Mapping[str, Any],
-        autocast: Sequence[tuple[str, bool, torch.dtype]],
+        names: Sequence[str] = (),
+        parameters: Sequence[str] = (),
+        buffers: Mapping[str, Tensor] = _NO_BUFFERS,
+        autocast: Sequence[tuple[str, bool, torch.dtype]] = (_NO_CAST, _NO_CAST),
     ) -> None:
         self.step = step
         self.parameters = parameters
@@ -206,14 +207,14 @@ class _Function:
         return t
 
 
-def refuse_randomness(
+def draws(
     steps: Sequence[Step],
     shapes: Sequence[Sequence[int]],
     dtypes: Sequence[torch.dtype],
     device: str,
     names: Sequence[str],
-) -> None:
-    """Runs steps on tensors without data, to see that none draws random numbers.
+) -> bool:
+    """Runs steps on tensors without data, to see whether one draws random numbers.
 
     Args:
         steps: What to run.
@@ -221,29 +222,23 @@ def refuse_randomness(
         dtypes: Their dtypes.
         device: Their device.
         names: Names of the arguments.
-
-    Raises:
-        RuntimeError: If one does.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), RefuseRandomness(_RANDOM):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), RefuseRandomness(RANDOM):
         tensors = [
             torch.empty(shape, dtype=dtype, device=device)
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
         count = len(tensors) - len(names)
         streams, kwargs = tensors[:count], dict(zip(names, tensors[count:], strict=True))
-        for step in steps:
-            function = _Function(
-                step,
-                parameters=[],
-                buffers={},
-                names=[],
-                kwargs=kwargs,
-                autocast=(_NO_CAST, _NO_CAST),
-            )
-            outputs = step.apply(function, [streams[index] for index in step.reads])
-            for index, output in zip(step.writes, outputs, strict=True):
-                streams[index] = output
+        try:
+            for step in steps:
+                function = _Function(step, kwargs=kwargs)
+                outputs = step.apply(function, [streams[index] for index in step.reads])
+                for index, output in zip(step.writes, outputs, strict=True):
+                    streams[index] = output
+        except RandomnessError:
+            return True
+    return False
 
 
 def _repeated_buffers(branch: nn.Module) -> list[str]:

@@ -226,6 +226,20 @@ def reverse(
     streams = split(x, split_dim, container.streams)
     if joined:
         return join(x, body(*streams, **kwargs), split_dim)
+    y: Tensor | Streams = _reverse_alone(container, body, x, streams, kwargs)
+    return y
+
+
+# Where the compiled engine refuses a chain, torch runs it eagerly and would compile parts of this.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _reverse_alone(
+    container: Container,
+    body: Callable[..., Streams],
+    x: tuple[Tensor, ...],
+    streams: Streams,
+    kwargs: Mapping[str, Any],
+) -> Tensor | Streams:
+    split_dim = container.split_dim
     tape = Tape() if container.reversing and _can_reverse() else None
     call = _thread.call = _Call(tape)
     try:

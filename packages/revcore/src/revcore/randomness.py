@@ -105,6 +105,10 @@ def draw_again(before: States, after: States, run: Callable[[], Tensor], message
         return run()
 
 
+class RandomnessError(RuntimeError):
+    """Random numbers were drawn where they must not be."""
+
+
 class RefuseRandomness(TorchDispatchMode):
     """Raises on an operation of this thread that draws random numbers, as dropout does.
 
@@ -123,9 +127,21 @@ class RefuseRandomness(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise RuntimeError(f"{func}: {self._message}")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _dropout_p(func, args, kwargs) != 0:
+            raise RandomnessError(f"{func}: {self._message}")
+        return func(*args, **kwargs)
+
+
+def _dropout_p(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> float | None:
+    """Returns an attention's probability of dropout; None for operations of other kinds."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else argument.default_value
+            return float(kwargs.get("dropout_p", given))
+    return None
 
 
 def _read(device: torch.device) -> State:

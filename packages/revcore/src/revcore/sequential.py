@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
-from revcore.compiled import refuse_randomness, run_compiled
+from revcore.compiled import RANDOM, draws, run_compiled
 from revcore.coupling import Coupling
 from revcore.engine import keep, reverse, run
 from revcore.fixed_point import FixedPointCoupling
@@ -96,7 +96,8 @@ class _Reversible(nn.Module, ABC):
             # As numbers, because only constants can be passed.
             shapes = [[int(size) for size in tensor.shape] for tensor in tensors]
             dtypes = [tensor.dtype for tensor in tensors]
-            self._refuse_randomness(inverted, shapes, dtypes, str(tensors[0].device), names)
+            if self._draws(inverted, shapes, dtypes, str(tensors[0].device), names):
+                raise RuntimeError(RANDOM)
         y = run_compiled(steps, kept, streams, kwargs, reversing=self.reversing)
         return join(x, y, self.split_dim)
 
@@ -107,16 +108,16 @@ class _Reversible(nn.Module, ABC):
         return all(draw_nothing(list(step.branch.modules())) for step in steps)
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-    def _refuse_randomness(
+    def _draws(
         self,
         inverted: bool,
         shapes: list[list[int]],
         dtypes: list[torch.dtype],
         device: str,
         names: list[str],
-    ) -> None:
+    ) -> bool:
         steps, _ = self._plan(len(shapes) - len(names), inverted=inverted)
-        refuse_randomness(steps, shapes, dtypes, device, names)
+        return draws(steps, shapes, dtypes, device, names)
 
 
 class ReversibleBlock(_Reversible):
@@ -321,7 +322,12 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         return streams
 
     def extra_repr(self) -> str:
-        return f"split_dim={self.split_dim}, reversing={self.reversing}"
+        kept = sum(bool(getattr(block, "keep_input", False)) for block in self)
+        stores = f"output and {kept} kept inputs" if self.reversing else "all activations"
+        return (
+            f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
+            f"stores={stores!r}"
+        )
 
 
 def _is_ours(block: nn.Module) -> TypeGuard[_Reversible | Coupling]:

@@ -47,4 +47,7 @@ def split(x: Sequence[Tensor], split_dim: int, count: int = 2) -> Streams:
 
 def join(x: Sequence[Tensor], streams: Streams, split_dim: int) -> Tensor | Streams:
     """Joins the streams if `x`, the input that they came from, was a single tensor."""
-    return torch.cat(streams, split_dim) if len(x) == 1 else streams
+    if len(x) > 1:
+        return streams
+    # A stream that is alone stays the tensor that it is, which a chain around may wait for.
+    return streams[0] if len(streams) == 1 else torch.cat(streams, split_dim)

@@ -1,7 +1,16 @@
 """Residual networks and their reversible counterparts."""
 
+from revmodels.memcnn import from_memcnn
 from revmodels.registry import Architecture, create_model, get_architecture, list_models
 from revmodels.resnet import ResNet
 from revmodels.revnet import RevNet
 
-__all__ = ["Architecture", "ResNet", "RevNet", "create_model", "get_architecture", "list_models"]
+__all__ = [
+    "Architecture",
+    "ResNet",
+    "RevNet",
+    "create_model",
+    "from_memcnn",
+    "get_architecture",
+    "list_models",
+]

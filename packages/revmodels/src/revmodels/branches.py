@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 BlockKind = Literal["basic", "bottleneck"]
 
-# As in the code of Gomez et al. (2017) and MemCNN, so that their weights give the same outputs.
-_BATCH_NORM_EPS = 1e-3
-
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
     """Creates the batch normalization that all nets share."""
-    return nn.BatchNorm2d(channels, eps=_BATCH_NORM_EPS)
+    # With the epsilon of MemCNN's six nets, which is torch's, so that their weights give the same
+    # outputs here.
+    return nn.BatchNorm2d(channels)
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:

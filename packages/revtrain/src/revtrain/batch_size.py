@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate.utils import find_executable_batch_size
@@ -55,7 +54,7 @@ def find_batch_size(config: TrainConfig, *, largest: int = 8192) -> int:
     model = to_device(spec.build(reversing=not config.stored), device)
     recipe = config.resolved_recipe
     optimizer = make_optimizer(model, recipe)
-    prepared: tuple[Any, Any, Any] = accelerator.prepare(
+    model, optimizer, scheduler = accelerator.prepare(
         model, optimizer, make_scheduler(optimizer, recipe, 1)
     )
 
@@ -63,7 +62,7 @@ def find_batch_size(config: TrainConfig, *, largest: int = 8192) -> int:
         x = torch.randn(batch_size, *info.shape, device=device)
         x = x.contiguous(memory_format=memory_format(device))
         labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        step = TrainStep(*prepared, accelerator, label_smoothing=0.0, graph=False)
+        step = TrainStep(model, optimizer, scheduler, accelerator, label_smoothing=0.0, graph=False)
         step(x, labels, Meter(device))
 
     return largest_that_runs(train, largest)
