@@ -4,11 +4,11 @@ from revtrain.batch_size import find_batch_size
 from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
 from revtrain.drift import DriftError
-from revtrain.dry_run import Plan, dry_run
 from revtrain.evaluation import Evaluation, evaluate
 from revtrain.memory import DepthCost, StepCost, compare_memory
 from revtrain.net import NetSpec
 from revtrain.nonfinite import NonFiniteLossError
+from revtrain.plan import Plan, dry_run
 from revtrain.recipe import Recipe, list_recipes, load_recipe
 from revtrain.result import Result
 from revtrain.signals import Interrupted

@@ -17,12 +17,12 @@ from revtrain.batch_size import find_batch_size
 from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
 from revtrain.drift import DriftError
-from revtrain.dry_run import dry_run as make_plan
-from revtrain.dry_run import print_plan
 from revtrain.evaluation import evaluate
 from revtrain.launch import LaunchError
 from revtrain.listing import print_lists
 from revtrain.nonfinite import NonFiniteLossError
+from revtrain.plan import dry_run as make_plan
+from revtrain.plan import print_plan
 from revtrain.recipe_flags import RecipeFlags, given
 from revtrain.report import print_result
 from revtrain.signals import Interrupted
