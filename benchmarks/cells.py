@@ -8,7 +8,8 @@ hardware, curve, times, memory) goes into a folder of `--results`; weights are k
 alone. The environment variable REVDATA_DIR names the folder of the data.
 
 A cell whose folder has a summary is done and is passed over; one that failed leaves its last words
-there, and is tried again. Arguments after `--` go to revtrain as they are.
+there, and is tried again. One that was stopped goes on from its last checkpoint; its time from
+start to end is then unknown (null). Arguments after `--` go to revtrain as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from revtrain.files import read_json, write_json
+from revtrain.run_folder import RunFolder
 
 RESULTS = Path(__file__).parent / "results" / "cells"
 NETS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
@@ -49,7 +51,10 @@ class Cell:
     def command(self, arguments: argparse.Namespace, folder: Path) -> list[str]:
         words = ["-m", "revtrain", "train", "--model", self.net, "--data", self.data]
         words += ["--recipe", self.recipe, "--seed", str(self.seed), "--no-memory"]
-        words += ["--out", str(folder), "--fresh"]
+        # An unfinished run goes on where this script was stopped.
+        run = RunFolder(folder)
+        unfinished = run.started and not run.finished
+        words += ["--out", str(folder), "--resume" if unfinished else "--fresh"]
         if arguments.precision:
             words += ["--mixed-precision", arguments.precision]
         if arguments.no_verify and self.data == "cifar100":
@@ -125,8 +130,10 @@ def train(cell: Cell, arguments: argparse.Namespace) -> bool:
         names.append("model.safetensors")
     for name in names:
         shutil.copyfile(folder / name, kept / name)
+    # Nobody has timed the processes that were stopped.
+    resumed = "resumed" in read_json(folder / "config.json")
     # Last, because it marks the cell as done.
-    summary = read_json(folder / _KEPT[-1]) | {"wall_seconds": seconds}
+    summary = read_json(folder / _KEPT[-1]) | {"wall_seconds": None if resumed else seconds}
     write_json(kept / _KEPT[-1], summary)
     if cell.net not in _KEPT_WEIGHTS:
         (folder / "model.safetensors").unlink()

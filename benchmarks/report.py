@@ -279,13 +279,15 @@ def cells() -> str:
     rows = []
     for (data, model, recipe), runs in groups.items():
         accuracies = [100 * run["test_accuracy"] for run in runs]
+        timed = [run["wall_seconds"] for run in runs if run["wall_seconds"] is not None]
         best = max(PUBLISHED.get((data, model), (0.0,)))
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
         rows.append(
             [
                 *(f"{data} {model}", recipe, f"{statistics.mean(accuracies):.2f}{spread}"),
                 *(f"{len(runs)}", f"{best:.2f}" if best else ""),
-                f"{statistics.mean(run['wall_seconds'] for run in runs):,.0f}",
+                # Unknown of a run that was stopped and went on.
+                f"{statistics.mean(timed):,.0f}" if timed else "",
                 f"{max(run['peak_memory_bytes'] for run in runs) / 1e6:,.0f}",
             ]
         )

@@ -2,9 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ("--cpu", "--blocks", "2", "2", "2", "--channels", "4", "4", "8", "8")
@@ -22,12 +27,36 @@ def run(script, *words, cwd):
     )
 
 
-def test_step_compares_all_ways(tmp_path):
+@pytest.fixture
+def run_here(monkeypatch, tmp_path, capsys):
+    """Runs a script in this process, which has imported torch; returns status and stdout."""
+    flags, threads = torch.backends.cudnn, torch.get_num_threads()
+    monkeypatch.setattr(flags, "deterministic", flags.deterministic)
+    monkeypatch.setattr(flags, "benchmark", flags.benchmark)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        status = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+            except SystemExit as stop:
+                status = stop.code
+        return status, capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_step_compares_all_ways(run_here, tmp_path):
     output = tmp_path / "step.json"
     options = ("--batch-size", 4, "--image-size", 8, "--seconds", 1, "--precision", "no")
     options += ("--output", output)
-    done = run("step.py", *SMALL, "--model", "revnet110", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert run_here("step.py", *SMALL, "--model", "revnet110", *options)[0] == 0
     record = json.loads(output.read_text())
     rows = {row["way"]: row for row in record["rows"]}
     for way in ("stored", "revcore", "checkpoint by block", "checkpoint in sqrt segments"):
@@ -41,13 +70,14 @@ def test_step_compares_all_ways(tmp_path):
     assert record["block_modes"]["stored"]["stages.1.chain.0"] == "stored"
 
 
-def test_cells_go_on_where_they_stopped(tmp_path):
+def test_cells_go_on_where_they_stopped(run_here, tmp_path):
     recipe = tmp_path / "short.toml"
     recipe.write_text("batch_size = 700\nsteps = 2\nlr = 0.1\nschedule = 'one-cycle'\n")
     words = ("--recipe", recipe, "--results", tmp_path / "results", "--runs", tmp_path / "runs")
     words += ("--data", "digits", "nowhere", "--nets", "resnet32")
-    first = run("cells.py", *words, "--", *SMALL, cwd=tmp_path)
-    assert first.returncode == 1
+    status, out = run_here("cells.py", *words, "--", *SMALL)
+    assert status == 1
+    assert out.count("--fresh") == 2
     done, failed = (tmp_path / "results" / f"{name}-resnet32-short-seed0" for name in words[7:9])
     summary = json.loads((done / "summary.json").read_text())
     assert summary["wall_seconds"] > summary["seconds"] > 0
@@ -55,16 +85,23 @@ def test_cells_go_on_where_they_stopped(tmp_path):
     assert {file.name for file in done.iterdir()} == kept
     last_words = json.loads((failed / "failure-1.json").read_text())["output"]
     assert "unknown data set 'nowhere'" in last_words[-1]
-    second = run("cells.py", *words, "--budget-seconds", 0, "--", *SMALL, cwd=tmp_path)
-    assert "1 of 2 cells are done" in second.stdout
-    assert "1 cells are left" in second.stdout  # no time at all: none is begun
+    _, out = run_here("cells.py", *words, "--budget-seconds", 0, "--", *SMALL)
+    assert "1 of 2 cells are done" in out
+    assert "1 cells are left" in out  # no time at all: none is begun
+
+    # Stopped before its end: it goes on, and nobody knows the time of the first part.
+    for folder in (done, tmp_path / "runs" / done.name):
+        (folder / "summary.json").unlink()
+    words = [word for word in words if word != "nowhere"]
+    status, out = run_here("cells.py", *words, "--", *SMALL)
+    assert (status, out.count("--resume")) == (0, 1)
+    assert json.loads((done / "summary.json").read_text())["wall_seconds"] is None
 
 
-def test_fixed_point_twins_are_the_same(tmp_path):
+def test_fixed_point_twins_are_the_same(run_here, tmp_path):
     output = tmp_path / "twins.json"
     options = ("--data", "digits", "--recipe", "digits", "--steps", 8, "--output", output)
-    done = run("twins.py", *SMALL, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert run_here("twins.py", *SMALL, *options)[0] == 0
     record = json.loads(output.read_text())
     assert record["first_difference"] is None
     assert record["largest_weight_difference"] == 0
