@@ -279,7 +279,12 @@ class ReversibleSequential(_Reversible, nn.Sequential):
     @property
     def streams(self) -> int:
         """How many streams a single input tensor is split in: as many as the couplings have."""
-        return max((block.streams for block in self if _is_ours(block)), default=1)
+        # A plain loop, because older Dynamos cannot trace max(..., default=1).
+        count = 1
+        for block in self:
+            if _is_ours(block) and block.streams > count:
+                count = block.streams
+        return count
 
     def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
         steps: list[Step] = []
