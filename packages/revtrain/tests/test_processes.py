@@ -27,14 +27,60 @@ def test_two_processes_train_to_the_loss_curve_of_one(train, tmp_path):
     assert json.loads((out / "config.json").read_text())["hardware"]["processes"] == 2
     assert two.stdout.count("test accuracy") == 1
     train(out="one")
+    # In float32 rounding grows to some 1e-4 of a loss in 14 steps, and one or two of 355 images fall
+    # on the other side; that the processes compute the same is shown below, in float64.
     torch.testing.assert_close(
-        torch.tensor(curve(out)), torch.tensor(curve(tmp_path / "one")), rtol=1e-4, atol=1e-4
+        torch.tensor(curve(out)), torch.tensor(curve(tmp_path / "one")), rtol=1e-3, atol=6e-3
     )
 
     evaluated = launch(*TORCHRUN, "-m", "revtrain", "evaluate", out, "--cpu")
     assert evaluated.returncode == 0, evaluated.stderr
     accuracy = json.loads((out / "summary.json").read_text())["test_accuracy"]
     assert evaluated.stdout.count(f"accuracy {accuracy:.2%}") == 1
+
+
+STEPS_IN_FLOAT64 = """
+import copy
+from dataclasses import replace
+import torch
+import torch.nn.functional as F
+import revdata, revmodels
+from revtrain.sync_batchnorm import synchronize_batchnorm
+
+torch.distributed.init_process_group("gloo")
+rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+digits = revdata.load("digits", "train")
+x, labels = digits.images.double() / 255, digits.labels
+torch.manual_seed(0)
+net = replace(revmodels.get_architecture("revnet38"), blocks=(2, 2, 2), channels=(4, 8, 8, 8))
+alone = net.build(10, 1).double()
+shared = synchronize_batchnorm(copy.deepcopy(alone), torch.device("cpu"))
+shared = torch.nn.parallel.DistributedDataParallel(shared)
+nets = (alone, slice(0, 100)), (shared, slice(rank * 100 // size, (rank + 1) * 100 // size))
+optimizers = [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9) for net, _ in nets]
+for step in range(10):
+    batch = slice(step * 100, (step + 1) * 100)
+    losses = []
+    for (net, part), optimizer in zip(nets, optimizers):
+        loss = F.cross_entropy(net(x[batch][part]), labels[batch][part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    torch.distributed.all_reduce(losses[1])
+    torch.testing.assert_close(losses[1] / size, losses[0], rtol=1e-12, atol=0)
+for one, two in zip(alone.state_dict().values(), shared.module.state_dict().values()):
+    torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_but_for_rounding(tmp_path):
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS_IN_FLOAT64)
+    done = launch(*TORCHRUN, script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_any_number_of_processes_can_evaluate():

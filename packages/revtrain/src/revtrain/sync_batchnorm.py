@@ -37,7 +37,7 @@ class CPUSyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x_NCHW)
         world_size = torch.distributed.get_world_size()
-        x = x_NCHW.float()
+        x = x_NCHW.to(torch.promote_types(x_NCHW.dtype, torch.float32))
         mean = _SumOverProcesses.apply(x.mean((0, 2, 3))) / world_size
         centered = x - mean[:, None, None]
         variance = _SumOverProcesses.apply(centered.square().mean((0, 2, 3))) / world_size
@@ -69,5 +69,6 @@ def synchronize_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
             if type(child) is nn.BatchNorm2d:
                 twin = CPUSyncBatchNorm2d(child.num_features, child.eps, child.momentum)
                 twin.load_state_dict(child.state_dict())
+                twin.to(child.weight.dtype)
                 setattr(module, name, twin)
     return model
