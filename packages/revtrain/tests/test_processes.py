@@ -27,8 +27,8 @@ def test_two_processes_train_to_the_loss_curve_of_one(train, tmp_path):
     assert json.loads((out / "config.json").read_text())["hardware"]["processes"] == 2
     assert two.stdout.count("test accuracy") == 1
     train(out="one")
-    # In float32 rounding grows to some 1e-4 of a loss in 14 steps, and one or two of 355 images fall
-    # on the other side; that the processes compute the same is shown below, in float64.
+    # In float32 rounding grows to some 1e-4 of a loss in 14 steps, and one or two of 355 images
+    # fall on the other side; that the processes compute the same is shown below, in float64.
     torch.testing.assert_close(
         torch.tensor(curve(out)), torch.tensor(curve(tmp_path / "one")), rtol=1e-3, atol=6e-3
     )
