@@ -52,6 +52,29 @@ def test_dropout_is_replayed_and_the_generator_left_alone(device):
     assert_same(ours, plain)
 
 
+class ForkedDropout(nn.Dropout):
+    """Draws, and puts the global generator back where it was, as if it had not."""
+
+    def forward(self, x):
+        with torch.random.fork_rng():
+            return super().forward(x)
+
+
+def test_dropout_that_leaves_the_generator_alone_is_replayed(device):
+    chain = chain_of(linear, lambda: ForkedDropout(0.4), device=device)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+
+    def step(chain):
+        torch.rand(3, device=device)
+        chain.zero_grad()
+        loss = loss_of(chain(x.clone().requires_grad_()))
+        torch.rand(5, device=device)
+        loss.backward()
+        return {name: p.grad.clone() for name, p in chain.named_parameters()}
+
+    assert_same(*both_modes(chain, step))
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_dropout_in_both_orders_of_use(order, device):
     chain = chain_of(linear, dropout, device=device)
