@@ -132,6 +132,9 @@ try:
     run.step.check()
 except NonFiniteLossError as error:
     print(error)
+# Together: a gloo process that is left by its peer may end in std::terminate.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
