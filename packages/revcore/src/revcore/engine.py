@@ -155,7 +155,9 @@ def _run_reversed(
     replay = Replay(step.branch, step.call, kwargs, step.grid is not None)
     records = tape.records
     if not records and not any(x.requires_grad for x in (*inputs, *replay.leaves)):
-        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
+        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it; an
+        # input that was kept there is not that of the first step on the tape.
+        tape.anchors.clear()
         return step.apply(partial(_run_frozen, step, kwargs), inputs)
     records.append((step, replay))
     outputs: Streams = _StepNode.apply(tape, len(records) - 1, *inputs, *replay.leaves)

@@ -58,14 +58,14 @@ class Tape:
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
-        self._anchors: dict[int, Saved] = {}
+        self.anchors: dict[int, Saved] = {}
         self._outputs: Saved | None = None
         self._cursor: tuple[int, list[Tensor]] | None = None
         self._released = False
 
     def keep(self, streams: Streams) -> None:
         """Keeps the streams as they stand now, as an exact point to restart from."""
-        self._anchors[len(self.records)] = Saved(streams, "a kept input")
+        self.anchors[len(self.records)] = Saved(streams, "a kept input")
 
     def seal(self, outputs: Sequence[Tensor]) -> None:
         """Ends the recording with the tensors from which everything is reconstructed."""
@@ -73,7 +73,7 @@ class Tape:
 
     def anchor(self, index: int) -> list[Tensor] | None:
         """Returns the streams before step `index` if they were kept."""
-        saved = self._anchors.get(index)
+        saved = self.anchors.get(index)
         return None if saved is None else saved.get()
 
     def seek(self, index: int, *, retain: bool) -> list[Tensor]:
@@ -94,8 +94,8 @@ class Tape:
         if cursor is not None and cursor[0] == index:
             return cursor[1]
         start = len(self.records)
-        if self._anchors:
-            start = min((i for i in self._anchors if i >= index), default=start)
+        if self.anchors:
+            start = min((i for i in self.anchors if i >= index), default=start)
         if cursor is not None and index <= cursor[0] <= start:
             position, streams = cursor
         else:
@@ -108,8 +108,8 @@ class Tape:
         return streams
 
     def _restart(self, start: int, *, retain: bool) -> list[Tensor]:
-        if start in self._anchors:
-            return self._anchors[start].get()
+        if start in self.anchors:
+            return self.anchors[start].get()
         if self._outputs is None:
             raise RuntimeError(_SECOND_TIME)
         streams = self._outputs.get()
@@ -130,5 +130,5 @@ class Tape:
             self._released = True
             self.records.clear()
             self.truth.clear()
-            self._anchors.clear()
+            self.anchors.clear()
             self._outputs = None
