@@ -106,8 +106,8 @@ BRANCHES = {
     "low": Low,
 }
 SMOOTHLY = tuple(name for name in BRANCHES if name != "low")  # what is rounded may jump
-# "nested" has a chain inside that is not of fixed-point couplings. "spectral" uses a parameter twice:
-# where a branch is shared, storing adds up four gradients in a row, reversing two and two.
+# "nested" has a chain inside, not of fixed-point couplings. "spectral" uses a parameter twice: if
+# a branch is shared, storing adds up four gradients in a row, reversing two and two.
 EXACTLY = tuple(name for name in BRANCHES if name not in {"nested", "spectral"})
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 
 from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.replay import BATCH_NORMS
@@ -76,7 +77,8 @@ def run_compiled(
         )
     streams = tuple([_dense(stream) for stream in streams])
     if not (reversing and torch.is_grad_enabled()):
-        return _forward(steps, (), streams, kwargs)[0]
+        outputs, log_dets, _ = _forward(steps, (), streams, kwargs)
+        return (*outputs, *log_dets.values())
     branches: list[_Branch] = []
     leaves: list[Tensor] = []
     for step in steps:
@@ -85,16 +87,17 @@ def run_compiled(
         leaves += named.values()
     names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     arguments = [kwargs[name] for name in names]
-    outputs: Streams = _ChainNode.apply(
+    found: Streams = _ChainNode.apply(
         (branches, set(kept), dict(kwargs), names), len(streams), *streams, *arguments, *leaves
     )
-    return outputs
+    return found
 
 
 def _forward(
     steps: Sequence[Step], kept: Any, streams: Streams, kwargs: Mapping[str, Any]
-) -> tuple[Streams, list[Tensor]]:
+) -> tuple[Streams, dict[int, Tensor], list[Tensor]]:
     current, anchors = list(streams), []
+    log_dets: dict[int, Tensor] = {}
     for number, step in enumerate(steps):
         if number in kept:
             anchors += current
@@ -103,9 +106,11 @@ def _forward(
             return step.call(x, **kwargs)
 
         outputs = step.apply(run, [current[index] for index in step.reads])
-        for index, output in zip(step.writes, outputs, strict=True):
+        if len(outputs) > len(step.writes):
+            log_dets[number] = outputs[-1]
+        for index, output in zip(step.writes, outputs, strict=False):
             current[index] = output
-    return tuple(current), anchors
+    return tuple(current), log_dets, anchors
 
 
 class _ChainNode(torch.autograd.Function):
@@ -126,10 +131,11 @@ class _ChainNode(torch.autograd.Function):
         ]
         kwargs = {**kwargs, **dict(zip(names, tensors[count:], strict=False))}
         steps = [branch.step for branch in branches]
-        outputs, anchors = _forward(steps, kept, tensors[:count], kwargs)
+        outputs, log_dets, anchors = _forward(steps, kept, tensors[:count], kwargs)
         ctx.sizes = (len(anchors), len(buffers))
+        ctx.measured = list(log_dets)
         ctx.save_for_backward(*outputs, *anchors, *buffers, *tensors[count:])
-        return outputs
+        return (*outputs, *log_dets.values())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,7 +146,8 @@ class _ChainNode(torch.autograd.Function):
         rest = saved[count + anchored :]
         buffers, arguments = rest[:buffered], rest[buffered : buffered + len(names)]
         leaves = rest[buffered + len(names) :]
-        stream_grads = list(grads)
+        stream_grads = list(grads[:count])
+        log_det_grads = dict(zip(ctx.measured, grads[count:], strict=True))
         leaf_grads: list[Tensor] = []
         argument_grads = [torch.zeros_like(argument) for argument in arguments]
         for number in reversed(range(len(branches))):
@@ -160,11 +167,14 @@ class _ChainNode(torch.autograd.Function):
                 kwargs=kwargs,
                 autocast=ctx.autocast,
             )
+            if number in log_det_grads:
+                stream_grads.append(log_det_grads[number])
             gradients = step.backward_traced(
                 function, [*arguments, *own], streams, before, stream_grads
             )
-            extra, own_grads = gradients[: len(names)], gradients[len(names) :]
-            argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
+            del stream_grads[count:]
+            own_arguments, own_grads = gradients[: len(names)], gradients[len(names) :]
+            argument_grads = [a + b for a, b in zip(argument_grads, own_arguments, strict=True)]
             leaf_grads = [*own_grads, *leaf_grads]
         return (None, None, *stream_grads, *argument_grads, *leaf_grads)
 
@@ -202,9 +212,10 @@ class _Function:
         with (
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
+            # What torch.func.functional_call does, which can only call a module, no method of it.
+            _reparametrize_module(branch, state, tie_weights=True),
         ):
-            t: Tensor = torch.func.functional_call(branch, state, (x,), kwargs)
-        return t
+            return self.step.call(x, **kwargs)
 
 
 def draws(
@@ -234,7 +245,7 @@ def draws(
             for step in steps:
                 function = _Function(step, kwargs=kwargs)
                 outputs = step.apply(function, [streams[index] for index in step.reads])
-                for index, output in zip(step.writes, outputs, strict=True):
+                for index, output in zip(step.writes, outputs, strict=False):
                     streams[index] = output
         except RandomnessError:
             return True

@@ -23,7 +23,7 @@ from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
 from revcore.step import Step
-from revcore.streams import Streams, join, split
+from revcore.streams import Streams, join, split, with_log_det
 from revcore.tape import Tape
 from revcore.versions import version
 
@@ -35,9 +35,13 @@ class _Call:
         watch: Keeps the call on its grid.
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
+        measures: Whether the steps give their log-determinants.
+        log_dets: Those that they have given.
     """
 
-    def __init__(self, tape: Tape | None) -> None:
+    def __init__(self, tape: Tape | None, *, measures: bool = False) -> None:
+        self.measures = measures
+        self.log_dets: list[Tensor] = []
         self.watch = GridWatch()
         self.tape = tape
         self.tip: list[tuple[Tensor, int]] = []
@@ -123,7 +127,7 @@ def _run(
 ) -> Streams:
     watch, tape = call.watch, call.tape
     current = list(streams)
-    for step in steps:
+    for step in (step.measured() for step in steps) if call.measures else steps:
         if not watch.entered or watch.bits != step.grid:
             current = watch.enter(step.grid, current)
         try:
@@ -144,7 +148,8 @@ def _run(
                 tape.truth.append(tuple(stream.detach() for stream in current))
         if watch.bits is not None:
             watch.note(outputs)
-        for index, output in zip(step.writes, outputs):  # noqa: B905 - as many, by contract
+        call.log_dets += outputs[len(step.writes) :]
+        for index, output in zip(step.writes, outputs):  # noqa: B905 - log_det may follow
             current[index] = output
     return tuple(current)
 
@@ -192,9 +197,11 @@ class Container(Protocol):
         reversing: Whether to reverse or to store activations.
         split_dim: Dimension along which one tensor is split.
         streams: How many streams one tensor is split in.
+        log_det: Whether the log-determinant is returned, behind the output.
     """
 
     reversing: bool
+    log_det: bool
     split_dim: int
 
     @property
@@ -243,7 +250,7 @@ def _reverse_alone(
 ) -> Tensor | Streams:
     split_dim = container.split_dim
     tape = Tape() if container.reversing and _can_reverse() else None
-    call = _thread.call = _Call(tape)
+    call = _thread.call = _Call(tape, measures=container.log_det)
     try:
         call.expect(streams)
         outputs = body(*streams, **kwargs)
@@ -259,7 +266,7 @@ def _reverse_alone(
         tape.seal(y.detach().split(sizes, split_dim))
     elif tape is not None:
         tape.seal(outputs)
-    return y
+    return with_log_det(y, call.log_dets) if container.log_det else y
 
 
 def keep(streams: Streams) -> None:

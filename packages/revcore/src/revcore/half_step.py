@@ -11,8 +11,10 @@ two small functions, `combine` and `uncombine`; inversion, gradients and memory 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,26 +36,40 @@ class Scheme(ABC):
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
         """Returns the old stream: `uncombine(combine(a, t), t) == a` up to rounding."""
 
+    def log_det(self, a: Tensor, t: Tensor) -> Tensor | None:
+        """Returns log |det J| of `combine(a, t)` in `a` for each sample; None where it is zero.
+
+        A chain with `log_det=True` asks for it.
+
+        Args:
+            a: The old stream, of shape (batch, ...).
+            t: The branch's output.
+
+        Returns:
+            A tensor of shape (batch,).
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no log-determinant; define log_det(a, t), or give the "
+            "chain log_det=False"
+        )
+
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of `combine(a, t)`; autograd's unless a scheme knows better."""
-        return _vjp(self.combine, a, t, grad)
+        return _vjp(self.combine, a, t, grad)  # type: ignore[return-value]
 
     def uncombine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of `uncombine(a, t)`; autograd's unless a scheme knows better."""
-        return _vjp(self.uncombine, a, t, grad)
+        return _vjp(self.uncombine, a, t, grad)  # type: ignore[return-value]
 
 
-def _vjp(
-    function: Callable[[Tensor, Tensor], Tensor], a: Tensor, t: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
+def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
-        grads: tuple[Tensor, Tensor] = torch.func.vjp(function, a, t)[1](grad)
+        grads: Sequence[Tensor] = torch.func.vjp(function, a, t)[1](grad)
         return grads
     with torch.enable_grad():
         a = a.detach().requires_grad_()
         t = t.detach().requires_grad_()
-        grad_a, grad_t = torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
-    return grad_a, grad_t
+        return torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
 
 
 class HalfStep(Step):
@@ -75,6 +91,8 @@ class HalfStep(Step):
         >>> HalfStep(coupling, coupling.g, target=1, source=0)
         HalfStep(AdditiveCoupling, Tanh, target=1, source=0)
     """
+
+    measures = False
 
     def __init__(
         self, scheme: Scheme, branch: nn.Module, target: int, source: int, *, inverted: bool = False
@@ -104,10 +122,27 @@ class HalfStep(Step):
     def inverse(self) -> HalfStep:
         return HalfStep(self.scheme, self.branch, *self.reads, inverted=not self.inverted)
 
-    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor]:
+    def measured(self) -> HalfStep:
+        step = copy.copy(self)
+        step.measures = True
+        return step
+
+    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         a, b = streams
-        change = self.scheme.uncombine if self.inverted else self.scheme.combine
-        return (change(a, run(b)),)
+        return self._change(a, run(b))
+
+    def _change(self, a: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        new = self.scheme.uncombine(a, t) if self.inverted else self.scheme.combine(a, t)
+        found = self.scheme.log_det(new if self.inverted else a, t) if self.measures else None
+        if found is None:
+            return (new,)
+        return (new, -found if self.inverted else found)
+
+    def _change_vjp(self, a: Tensor, t: Tensor, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        if len(grads) > 1:
+            return _vjp(self._change, a, t, tuple(grads))
+        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
+        return vjp(a, t, grads[0])
 
     def undo(self, replay: Replay, streams: list[Tensor]) -> None:
         target, source = self.reads
@@ -134,8 +169,7 @@ class HalfStep(Step):
         else:
             streams[:] = kept
             a = kept[target]
-        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grad_a, grad_t = vjp(a, t, grads[0])
+        grad_a, grad_t = self._change_vjp(a, t, grads)
         return (grad_a, *graph.differentiate(needed[1:], grad_t, self.branch))
 
     def backward_traced(
@@ -153,8 +187,9 @@ class HalfStep(Step):
             streams[target] = back(streams[target], t)
         else:
             streams[:] = kept
-        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grads[target], grad_t = vjp(streams[target], t, grads[target])
+        grads[target], grad_t = self._change_vjp(
+            streams[target], t, [grads[target], *grads[len(streams) :]]
+        )
         grad_b, *found = pullback(grad_t.to(t.dtype))
         grads[source] = grads[source] + grad_b
         return tuple(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,6 +27,8 @@ class InvertibleStep(Step):
         inverted: Whether this is the update (False) or the way back (True).
     """
 
+    measures = False
+
     def __init__(
         self, module: nn.Module, count: int, split_dim: int, *, inverted: bool = False
     ) -> None:
@@ -33,9 +37,25 @@ class InvertibleStep(Step):
         self.split_dim = split_dim
         self.inverted = inverted
 
+    def measured(self) -> InvertibleStep:
+        if not callable(getattr(self.branch, "log_det", None)):
+            raise TypeError(
+                f"{type(self.branch).__name__} has no log-determinant; give it a method "
+                "log_det(x), which returns that of forward at x, or give the chain log_det=False"
+            )
+        step = copy.copy(self)
+        step.measures = True
+        return step
+
     @property
     def call(self) -> Callable[..., Tensor]:
-        return self._directions()[self.inverted]
+        return self._measured_call if self.measures else self._directions()[self.inverted]
+
+    def _measured_call(self, x: Tensor) -> Tensor:
+        y = self._directions()[self.inverted](x)
+        if self.inverted:
+            return _pack(y, -self.branch.log_det(y), self.split_dim)  # type: ignore[operator]
+        return _pack(y, self.branch.log_det(x), self.split_dim)  # type: ignore[operator]
 
     def _directions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         return self.branch, self.branch.inverse  # type: ignore[return-value]
@@ -46,7 +66,7 @@ class InvertibleStep(Step):
         )
 
     def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self._split(run(self._join(streams)), streams)
+        return self._outputs(run(self._join(streams)), streams)
 
     def undo(self, replay: Replay, streams: list[Tensor]) -> None:
         back = self._directions()[not self.inverted]
@@ -70,7 +90,7 @@ class InvertibleStep(Step):
         needs_x = any(needed[:count])
         graph = replay.repeat_for_gradients(self._join(streams), needs_x=needs_x)
         needed = (needs_x, *needed[count:])
-        grad_x, *grad_leaves = graph.differentiate(needed, self._join(grads), self.branch)
+        grad_x, *grad_leaves = graph.differentiate(needed, self._grad(grads), self.branch)
         if grad_x is None:
             return (*[None] * count, *grad_leaves)
         return (*self._split(grad_x, streams), *grad_leaves)
@@ -83,25 +103,32 @@ class InvertibleStep(Step):
         kept: Sequence[Tensor] | None,
         grads: list[Tensor],
     ) -> Sequence[Tensor]:
-        if self.inverted:
-            raise RuntimeError(
-                f"the inverse of {type(self.branch).__name__} cannot be compiled in a chain; call "
-                "chain.inverse outside of torch.compile"
-            )
         if kept is None:
-            kept = self._split(self._directions()[1](self._join(streams)), streams)
+            back = self._directions()[not self.inverted]
+            kept = self._split(back(self._join(streams)), streams)
         streams[:] = kept
         _, pullback, *_ = torch.func.vjp(function, self._join(streams), *leaves)
-        grad_x, *found = pullback(self._join(grads))
+        grad_x, *found = pullback(self._grad(grads))
         grads[:] = self._split(grad_x, streams)
         return tuple(found)
+
+    def _outputs(self, t: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if not self.measures:
+            return self._split(t, like)
+        x, log_det = _unpack(t, self.split_dim)
+        return (*self._split(x, like), log_det)
+
+    def _grad(self, grads: Sequence[Tensor]) -> Tensor:
+        if not self.measures:
+            return self._join(grads)
+        return _pack(self._join(grads[:-1]), grads[-1], self.split_dim)
 
     def _join(self, streams: Sequence[Tensor]) -> Tensor:
         return streams[0] if len(streams) == 1 else torch.cat(tuple(streams), self.split_dim)
 
     def _split(self, x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(like) == 1:
-            return (x,)
+            return (x.contiguous(),)
         sizes = [stream.shape[self.split_dim] for stream in like]
         before, after = sum(sizes), x.shape[self.split_dim]
         if any(size * after % before for size in sizes):
@@ -113,3 +140,17 @@ class InvertibleStep(Step):
         parts = x.split([size * after // before for size in sizes], self.split_dim)
         # A part of a tensor has gaps, which a reconstructed stream has not.
         return tuple(part.contiguous() for part in parts)
+
+
+def _pack(x: Tensor, log_det: Tensor, dim: int) -> Tensor:
+    """Joins them as if the log-determinant were one channel more; so it does their gradients."""
+    shape = list(x.shape)
+    shape[dim] = 1
+    log_det = log_det.to(x.dtype).expand(len(x))[:, None]
+    channel = nn.functional.pad(log_det, (0, math.prod(shape[1:]) - 1))
+    return torch.cat((x, channel.view(shape)), dim)
+
+
+def _unpack(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    x, channel = t.split((t.shape[dim] - 1, 1), dim)
+    return x, channel.flatten(1)[:, 0].clone()

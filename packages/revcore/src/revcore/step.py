@@ -47,6 +47,17 @@ class Step(ABC):
             streams: The streams in `reads`.
         """
 
+    def measured(self) -> Step:
+        """Creates the same step, which also gives its log-determinant.
+
+        Behind the streams, `apply` then returns log |det J| of the step for each sample, of shape
+        (batch,), or nothing where that is zero, and `backward` gets its gradient.
+
+        Raises:
+            TypeError: If the step has none.
+        """
+        raise TypeError(f"{self!r} has no log-determinant; give the chain log_det=False")
+
     @abstractmethod
     def undo(self, replay: Replay, streams: list[Tensor]) -> None:
         """Takes all streams, in place of the list, from after the step to before it."""
@@ -66,7 +77,7 @@ class Step(ABC):
             replay: Repeats the branch.
             streams: All streams after the step; on return, before it.
             kept: All streams before the step, if they were kept.
-            grads: Gradients of the streams in `writes`.
+            grads: Gradients of what `apply` returned.
             needed: Whether a gradient is needed: first for each of `reads`, then for each leaf.
 
         Returns:
@@ -89,7 +100,8 @@ class Step(ABC):
             leaves: The branch's leaves.
             streams: All streams after the step; on return, before it.
             kept: All streams before the step, if they were kept.
-            grads: Gradients of all streams after the step; on return, before it.
+            grads: Gradients of all streams after the step, and of the log-determinant if it gave
+                one; on return, of the streams before it, and anything.
 
         Returns:
             Gradients of the leaves.
