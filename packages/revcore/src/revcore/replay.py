@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.parameter import is_lazy
 
 from revcore.autocast import autocast_as, autocast_now
 from revcore.graph import Graph
@@ -105,7 +107,13 @@ class Replay:
             known = set(map(id, leaves))
             extra = {id(v): v for v in self._arguments.values() if v.requires_grad}
             leaves += [value for key, value in extra.items() if key not in known]
+        if any(map(is_lazy, leaves)):
+            raise RuntimeError(
+                f"branch {type(branch).__name__} has lazy parameters that have no shape yet, so it "
+                "cannot be reversed. Run the net once under torch.no_grad() first."
+            )
         self.leaves = leaves
+        self._needed = [leaf.requires_grad for leaf in leaves]
         self._versions = versions(leaves)
         self._argument_versions = versions(self._arguments.values())
 
@@ -218,15 +226,20 @@ class Replay:
         if needs_x:
             x.requires_grad_()
         # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
-        # what the node returns; a stand-in has none.
+        # what the node returns; a stand-in has none. One that was frozen since is needed still.
         leaves, aliases = self.leaves, _NOTHING
-        hooked = [leaf for leaf in leaves if leaf._backward_hooks or not leaf.is_leaf]
-        if hooked:
-            aliases = {id(v): v.detach().requires_grad_(v.requires_grad) for v in hooked}
+        replaced = [
+            (leaf, needed)
+            for leaf, needed in zip(leaves, self._needed, strict=True)
+            if leaf._backward_hooks or not leaf.is_leaf or leaf.requires_grad is not needed
+        ]
+        if replaced:
+            aliases = {id(v): v.detach().requires_grad_(needed) for v, needed in replaced}
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
         with torch.enable_grad():
             first = torch._C._autograd._get_sequence_nr()
-            t = self._repeat(self._call, x, aliases)
+            # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.
+            t = self._repeat(self._call, x.view_as(x) if _global_forward_pre_hooks else x, aliases)
             nodes = torch._C._autograd._get_sequence_nr() - first
         # Arguments may hold other tensors at each call.
         return Graph(t, [x, *leaves], None if self._kwargs else nodes)
