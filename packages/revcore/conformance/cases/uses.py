@@ -201,6 +201,8 @@ def nested_chain(adapter: Adapter, device: torch.device) -> Observed:
             super().__init__()
             inner = 2 * adapter.formula.factor
             pairs = [(mlp(2, inner).to(device), mlp(2, inner).to(device)) for _ in range(2)]
+            # Here first, so that their names do not depend on the library.
+            self.inner = nn.ModuleList(branch for pair in pairs for branch in pair)
             self.before, self.after = nn.Linear(width, 4), nn.Linear(4, out)
             self.chain: nn.Module = adapter.build([(f.double(), g.double()) for f, g in pairs])
 
