@@ -49,16 +49,16 @@ class InvertibleStep(Step):
 
     @property
     def call(self) -> Callable[..., Tensor]:
-        return self._measured_call if self.measures else self._directions()[self.inverted]
+        return self._measured_call if self.measures else self._way(inverted=self.inverted)
 
     def _measured_call(self, x: Tensor) -> Tensor:
-        y = self._directions()[self.inverted](x)
+        y = self._way(inverted=self.inverted)(x)
         if self.inverted:
             return _pack(y, -self.branch.log_det(y), self.split_dim)  # type: ignore[operator]
         return _pack(y, self.branch.log_det(x), self.split_dim)  # type: ignore[operator]
 
-    def _directions(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        return self.branch, self.branch.inverse  # type: ignore[return-value]
+    def _way(self, *, inverted: bool) -> Callable[..., Tensor]:
+        return self.branch.inverse if inverted else self.branch  # type: ignore[return-value]
 
     def inverse(self) -> InvertibleStep:
         return InvertibleStep(
@@ -69,7 +69,7 @@ class InvertibleStep(Step):
         return self._outputs(run(self._join(streams)), streams)
 
     def undo(self, replay: Replay, streams: list[Tensor]) -> None:
-        back = self._directions()[not self.inverted]
+        back = self._way(inverted=not self.inverted)
         x = replay.repeat(self._join(streams), back)
         streams[:] = self._split(x, streams)
 
@@ -104,7 +104,7 @@ class InvertibleStep(Step):
         grads: list[Tensor],
     ) -> Sequence[Tensor]:
         if kept is None:
-            back = self._directions()[not self.inverted]
+            back = self._way(inverted=not self.inverted)
             kept = self._split(back(self._join(streams)), streams)
         streams[:] = kept
         _, pullback, *_ = torch.func.vjp(function, self._join(streams), *leaves)
