@@ -65,7 +65,9 @@ def main() -> None:
         "model": arguments.model,
         "microseconds": rows,
     }
-    write_json(arguments.output, record | provenance(make_accelerator(cpu=False)))
+    write_json(
+        arguments.output, record | provenance(make_accelerator(cpu=False, mixed_precision="no"))
+    )
 
 
 def measure(shape: tuple[int, ...], place: str, *, half: bool, sweep: bool) -> dict[str, Any]:

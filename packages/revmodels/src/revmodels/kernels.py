@@ -22,25 +22,23 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["steps"])
 def moments(
-    x: Any,
-    counts: Any,
-    means: Any,
-    squares: Any,
-    size: Any,
-    width: Any,
-    steps: Any,
+    x,
+    counts,
+    means,
+    squares,
+    size,
+    width,
+    steps,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FOLD: tl.constexpr,
-) -> None:
+):
     """Count, mean and sum of squared deviations of each column, over `steps` tiles a program."""
     part, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = part.to(tl.int64) * steps * ROWS + tl.arange(0, ROWS)
@@ -82,22 +80,22 @@ def moments(
 
 @triton.jit(do_not_specialize=["parts"])
 def merge_moments(
-    counts: Any,
-    means: Any,
-    squares: Any,
-    mean_out: Any,
-    inverse_out: Any,
-    running_mean: Any,
-    running_var: Any,
-    batches: Any,
-    parts: Any,
-    channels: Any,
-    momentum: Any,
-    eps: Any,
+    counts,
+    means,
+    squares,
+    mean_out,
+    inverse_out,
+    running_mean,
+    running_var,
+    batches,
+    parts,
+    channels,
+    momentum,
+    eps,
     TRACK: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
-) -> None:
+):
     """Merges the moments of all parts; updates the running statistics as nn.BatchNorm2d does."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
@@ -134,19 +132,19 @@ def merge_moments(
 
 @triton.jit
 def normalize(
-    x: Any,
-    mean: Any,
-    inverse: Any,
-    weight: Any,
-    bias: Any,
-    y: Any,
-    size: Any,
-    width: Any,
-    channels: Any,
+    x,
+    mean,
+    inverse,
+    weight,
+    bias,
+    y,
+    size,
+    width,
+    channels,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
+):
     """Scale and shift of every value by its channel's."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -164,23 +162,23 @@ def normalize(
 
 @triton.jit(do_not_specialize=["steps"])
 def gradient_sums(
-    grad: Any,
-    x: Any,
-    mean: Any,
-    inverse: Any,
-    weight: Any,
-    bias: Any,
-    sums: Any,
-    products: Any,
-    size: Any,
-    width: Any,
-    channels: Any,
-    steps: Any,
+    grad,
+    x,
+    mean,
+    inverse,
+    weight,
+    bias,
+    sums,
+    products,
+    size,
+    width,
+    channels,
+    steps,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FOLD: tl.constexpr,
-) -> None:
+):
     """Sums of the gradient, and of the gradient times the normalized value, of each column."""
     part, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = part.to(tl.int64) * steps * ROWS + tl.arange(0, ROWS)
@@ -213,15 +211,15 @@ def gradient_sums(
 
 @triton.jit(do_not_specialize=["parts"])
 def merge_sums(
-    sums: Any,
-    products: Any,
-    grad_bias: Any,
-    grad_weight: Any,
-    parts: Any,
-    channels: Any,
+    sums,
+    products,
+    grad_bias,
+    grad_weight,
+    parts,
+    channels,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
-) -> None:
+):
     """Adds up the sums of all parts: the gradients of shift and scale."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
@@ -239,23 +237,23 @@ def merge_sums(
 
 @triton.jit
 def input_gradient(
-    grad: Any,
-    x: Any,
-    mean: Any,
-    inverse: Any,
-    weight: Any,
-    bias: Any,
-    grad_bias: Any,
-    grad_weight: Any,
-    out: Any,
-    size: Any,
-    width: Any,
-    channels: Any,
-    share: Any,
+    grad,
+    x,
+    mean,
+    inverse,
+    weight,
+    bias,
+    grad_bias,
+    grad_weight,
+    out,
+    size,
+    width,
+    channels,
+    share,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
+):
     """The gradient of every value, through mean and variance, from the sums of its channel."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
