@@ -190,7 +190,9 @@ def _run_reversed(
             for index in step.writes:
                 needs[index] = True
     if not tape.records and not any(needs):
-        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
+        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it; an
+        # input that was kept there is not that of the first step on the tape.
+        tape.anchors.clear()
         return False
     # Gradients are found from the last step to the first, and one that several steps share adds up
     # in that order, as it does where activations are stored.

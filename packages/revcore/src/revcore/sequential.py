@@ -352,9 +352,10 @@ def _several(streams: Tensor | Streams) -> Streams:
 def set_reversing(module: M, enabled: bool) -> M:
     """Makes every reversible block and chain in a module reverse, or store its activations.
 
-    Both modes compute the same bits in the forward pass and have the same state dict. Storing is
-    faster and takes memory in proportion to depth; it allows what reversing cannot do, such as
-    double backward.
+    Both modes have the same state dict, and compute the same bits in the forward pass unless a
+    branch takes other kernels without gradients, as `nn.MultiheadAttention` does in evaluation.
+    Storing is faster and takes memory in proportion to depth; it allows what reversing cannot do,
+    such as double backward.
 
     Args:
         module: Any module.

@@ -59,7 +59,7 @@ class Tape:
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
-        self._anchors: dict[int, Saved] = {}
+        self.anchors: dict[int, Saved] = {}
         self._outputs: Saved | None = None
         # A step, and the streams as they stood before it.
         self._cursor: tuple[int, list[Tensor]] | None = None
@@ -70,7 +70,7 @@ class Tape:
 
     def keep(self, streams: Streams) -> None:
         """Keeps the streams as they stand now, as an exact point to restart from."""
-        self._anchors[len(self.records)] = Saved(streams, "a kept input")
+        self.anchors[len(self.records)] = Saved(streams, "a kept input")
 
     def seal(self, outputs: Sequence[Tensor], *, overlap: bool) -> None:
         """Ends the recording.
@@ -135,7 +135,7 @@ class Tape:
     def _rebuild(self, index: int, streams: list[Tensor]) -> Differentiate:
         """Takes the streams from after step `index` to before it."""
         step, replay = self.records[index]
-        saved = self._anchors.get(index)
+        saved = self.anchors.get(index)
         differentiate = step.rebuild(replay, streams, None if saved is None else saved.get())
         if self.drift is not None:
             self.drift.compare(step.branch, streams, self.truth[index])
@@ -152,8 +152,8 @@ class Tape:
         if cursor is not None and cursor[0] == index:
             return cursor[1]
         start = len(self.records)
-        if self._anchors:
-            start = min((i for i in self._anchors if i >= index), default=start)
+        if self.anchors:
+            start = min((i for i in self.anchors if i >= index), default=start)
         if cursor is not None and index <= cursor[0] <= start:
             position, streams = cursor
         else:
@@ -165,8 +165,8 @@ class Tape:
         return streams
 
     def _restart(self, start: int, *, retain: bool) -> list[Tensor]:
-        if start in self._anchors:
-            return self._anchors[start].get()
+        if start in self.anchors:
+            return self.anchors[start].get()
         if self._outputs is None:
             raise RuntimeError(_SECOND_TIME)
         streams = self._outputs.get()
@@ -184,7 +184,7 @@ class Tape:
                 self._released = True
                 self.records.clear()
                 self.truth.clear()
-                self._anchors.clear()
+                self.anchors.clear()
                 self._outputs = None
 
 
