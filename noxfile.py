@@ -65,7 +65,9 @@ def run_tests(session: nox.Session, package: str, *command: str) -> None:
     """Run the doctests of an installed package, its tests and the Python blocks of its README."""
     session.run(
         *(command or ("python", "-m", "pytest")),
-        *("--doctest-modules", "--pyargs", package, f"packages/{package}/tests"),
+        # A module that needs Triton is not there where Triton is not.
+        *("--doctest-modules", "--doctest-ignore-import-errors"),
+        *("--pyargs", package, f"packages/{package}/tests"),
         f"tests/test_documents.py::test_python_blocks_run[packages/{package}/README.md]",
         *session.posargs,
     )
@@ -106,7 +108,7 @@ def tests_revcore(session: nox.Session) -> None:
 @nox.session(name="tests-revmodels", requires=["build", "torch"])
 def tests_revmodels(session: nox.Session) -> None:
     """Test the wheel of revmodels."""
-    install(session, "revmodels", *TEST_TOOLS)
+    install(session, "revmodels", *TEST_TOOLS, "numpy")  # for Triton's interpreter
     run_tests(session, "revmodels")
 
 
