@@ -41,6 +41,7 @@ class Way(NamedTuple):
         branches: Precision in which branches compute.
         gain: What the output of each branch is multiplied by.
         anchors: Whether every eighth block keeps its input.
+        clamp: Bound of the log-scale of the affine scheme.
     """
 
     coupling: str
@@ -48,6 +49,7 @@ class Way(NamedTuple):
     branches: torch.dtype
     gain: float = 1.0
     anchors: bool = False
+    clamp: float = 2.0
 
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -57,17 +59,14 @@ WAYS = {
     "additive, float32, bf16 branches, anchors": Way("additive", FLOAT, HALF, anchors=True),
     "additive, bf16": Way("additive", HALF, HALF),
     "affine, float32": Way("affine", FLOAT, FLOAT),
+    "affine, float32, anchors": Way("affine", FLOAT, FLOAT, anchors=True),
+    "affine, float32, clamp 0.5": Way("affine", FLOAT, FLOAT, clamp=0.5),
     "affine, float32, bf16 branches": Way("affine", FLOAT, HALF),
     "affine, bf16": Way("affine", HALF, HALF),
     "fixed point, float32": Way("fixed point", FLOAT, FLOAT),
     "fixed point, bf16 branches": Way("fixed point", FLOAT, HALF),
     "additive, float32, branches x4": Way("additive", FLOAT, FLOAT, gain=4.0),
     "affine, float32, branches x4": Way("affine", FLOAT, FLOAT, gain=4.0),
-}
-COUPLINGS = {
-    "additive": revcore.AdditiveCoupling,
-    "affine": partial(revcore.AffineCoupling, adapter=revcore.bounded_adapter),
-    "fixed point": revcore.FixedPointCoupling,
 }
 
 
@@ -93,7 +92,12 @@ def branch(way: Way) -> nn.Module:
 
 
 def chain(way: Way, depth: int) -> revcore.ReversibleSequential:
-    coupling = COUPLINGS[way.coupling]
+    adapter = partial(revcore.bounded_adapter, clamp=way.clamp)
+    coupling = {
+        "additive": revcore.AdditiveCoupling,
+        "affine": partial(revcore.AffineCoupling, adapter=adapter),
+        "fixed point": revcore.FixedPointCoupling,
+    }[way.coupling]
     blocks = [revcore.ReversibleBlock(branch(way), branch(way), coupling) for _ in range(depth)]
     for number, block in enumerate(blocks):
         block.keep_input = way.anchors and number % ANCHOR == 0
