@@ -98,6 +98,12 @@ def by_revlib(pairs: Sequence[Pair]) -> nn.Module:
     return revlib.ReversibleSequential(*(branch for pair in pairs for branch in pair))
 
 
+def without_overlap(pairs: Sequence[Pair]) -> nn.Module:
+    chain = revcore.ReversibleSequential(*(revcore.AdditiveCoupling(f, g) for f, g in pairs))
+    chain.overlap = False
+    return chain
+
+
 def by_fixed_point(pairs: Sequence[Pair]) -> nn.Module:
     return revcore.ReversibleSequential(*(revcore.FixedPointCoupling(f, g) for f, g in pairs))
 
@@ -152,6 +158,7 @@ class Way:
 WAYS = {
     "stored": Way(reversing=False),
     "revcore": Way(),
+    "revcore, no overlap": Way(without_overlap),
     "revcore, fixed point": Way(by_fixed_point),
     "MemCNN": Way(by_memcnn, package="memcnn"),
     "RevTorch": Way(by_revtorch, package="revtorch"),

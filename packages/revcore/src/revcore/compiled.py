@@ -11,7 +11,7 @@ reaches the user; without, torch falls back to the eager engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.replay import BATCH_NORMS
-from revcore.step import Step
+from revcore.step import Pullback, Step
 from revcore.streams import Streams
 
 RANDOM = (
@@ -80,6 +80,11 @@ def run_compiled(
     branches: list[_Branch] = []
     leaves: list[Tensor] = []
     for step in steps:
+        if step.call is not step.branch:
+            raise RuntimeError(
+                f"the inverse of {type(step.branch).__name__} cannot be compiled in a chain; call "
+                "chain.inverse outside of torch.compile"
+            )
         named = dict(step.branch.named_parameters())
         branches.append(_Branch(step, list(named), _repeated_buffers(step.branch)))
         leaves += named.values()
@@ -102,9 +107,7 @@ def _forward(
         def run(x: Tensor, step: Step = step) -> Tensor:
             return step.call(x, **kwargs)
 
-        outputs = step.apply(run, [current[index] for index in step.reads])
-        for index, output in zip(step.writes, outputs, strict=True):
-            current[index] = output
+        step.apply(run, current)
     return tuple(current), anchors
 
 
@@ -160,9 +163,8 @@ class _ChainNode(torch.autograd.Function):
                 kwargs=kwargs,
                 autocast=ctx.autocast,
             )
-            gradients = step.backward_traced(
-                function, [*arguments, *own], streams, before, stream_grads
-            )
+            branch = _Traced(function, [*arguments, *own])
+            gradients = step.rebuild(branch, streams, before)(stream_grads)
             extra, own_grads = gradients[: len(names)], gradients[len(names) :]
             argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
             leaf_grads = [*own_grads, *leaf_grads]
@@ -207,6 +209,20 @@ class _Function:
         return t
 
 
+class _Traced(NamedTuple):
+    """Runs a branch again, for torch.compile to trace."""
+
+    function: _Function
+    leaves: Sequence[Tensor]
+
+    def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
+        return self.function(x, *self.leaves) if call is None else call(x)
+
+    def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        t, pull, *_ = torch.func.vjp(self.function, x, *self.leaves)
+        return t, lambda grad: pull(grad.to(t.dtype))
+
+
 def draws(
     steps: Sequence[Step],
     shapes: Sequence[Sequence[int]],
@@ -232,10 +248,7 @@ def draws(
         streams, kwargs = tensors[:count], dict(zip(names, tensors[count:], strict=True))
         try:
             for step in steps:
-                function = _Function(step, kwargs=kwargs)
-                outputs = step.apply(function, [streams[index] for index in step.reads])
-                for index, output in zip(step.writes, outputs, strict=True):
-                    streams[index] = output
+                step.apply(_Function(step, kwargs=kwargs), streams)
         except RandomnessError:
             return True
     return False

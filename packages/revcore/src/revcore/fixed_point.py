@@ -25,6 +25,9 @@ class FixedPointCoupling(Coupling):
 
     A branch must compute the same bits each time that it runs on the same input. Compiled branches
     may not, with gradients and without; a chain therefore runs them with gradients both times.
+    A net trained reversed then has the bits of one trained with stored activations, as long as no
+    branch is used at two places that uses a parameter twice, whose gradients are added up in
+    another order.
 
     Args:
         f: Module that maps the second stream to the shape of the first.

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from revcore.step import Step
+
 _DIGITS = {torch.float32: 24, torch.float64: 53}
 
 
@@ -41,29 +43,32 @@ class GridWatch:
         self._dtype = torch.float32
         self._peaks: list[Tensor] = []
 
-    def enter(self, grid: int | None, streams: Sequence[Tensor]) -> list[Tensor]:
+    def enter(self, steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
         """Rounds the streams where a call begins; later, sees that no step leaves the grid.
 
         Args:
-            grid: Fractional bits of the step that is to come.
+            steps: The steps that are to come.
             streams: All streams.
 
         Raises:
             TypeError: If a stream has a dtype without a grid.
             ValueError: If steps of several grids, or of one and of none, are in one chain.
         """
-        if self.entered:
-            if grid != self.bits:
+        streams = list(streams)
+        for step in steps:
+            if not self.entered:
+                self.entered, self.bits = True, step.grid
+                if step.grid is not None:
+                    streams = self._round(step.grid, streams)
+            elif step.grid != self.bits:
                 raise ValueError(
                     "a chain mixes fixed-point couplings with other blocks, or of several "
-                    f"resolutions (fraction_bits {self.bits} and {grid}), so it could not be "
+                    f"resolutions (fraction_bits {self.bits} and {step.grid}), so it could not be "
                     "reversed bit for bit. Make them chains of their own."
                 )
-            return list(streams)
-        self.entered = True
-        self.bits = grid
-        if grid is None:
-            return list(streams)
+        return streams
+
+    def _round(self, bits: int, streams: Sequence[Tensor]) -> list[Tensor]:
         for stream in streams:
             if stream.dtype not in _DIGITS:
                 raise TypeError(
@@ -71,7 +76,7 @@ class GridWatch:
                     "x.float() before the chain. Its branches may run in any precision."
                 )
         self._dtype = streams[0].dtype
-        rounded = [to_grid(stream, grid) for stream in streams]
+        rounded = [to_grid(stream, bits) for stream in streams]
         self.note(rounded)
         return rounded
 

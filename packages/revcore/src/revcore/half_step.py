@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from revcore.replay import Replay
-from revcore.step import Gradients, Run, Step
+from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add
 
 
 class Scheme(ABC):
@@ -51,7 +51,7 @@ def _vjp(
         return grads
     with torch.enable_grad():
         a = a.detach().requires_grad_()
-        t = t.detach().requires_grad_()
+        t = t.requires_grad_()
         grad_a, grad_t = torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
     return grad_a, grad_t
 
@@ -85,76 +85,48 @@ class HalfStep(Step):
                 f"from 0, got target={target} and source={source}"
             )
         self.scheme = scheme
-        self.branch = branch
-        self.reads = (target, source)
+        self.branch = self.call = branch
+        self.target, self.source = target, source
+        self.inputs = (source,)
         self.writes = (target,)
         self.inverted = inverted
         self.grid = scheme.grid
+        self._change, self._back, self._vjp = scheme.combine, scheme.uncombine, scheme.combine_vjp
+        if inverted:
+            self._change, self._back, self._vjp = self._back, self._change, scheme.uncombine_vjp
 
     def __repr__(self) -> str:
-        target, source = self.reads
         names = f"{type(self.scheme).__name__}, {type(self.branch).__name__}"
         end = ", inverted=True" if self.inverted else ""
-        return f"HalfStep({names}, target={target}, source={source}{end})"
-
-    @property
-    def call(self) -> nn.Module:
-        return self.branch
+        return f"HalfStep({names}, target={self.target}, source={self.source}{end})"
 
     def inverse(self) -> HalfStep:
-        return HalfStep(self.scheme, self.branch, *self.reads, inverted=not self.inverted)
+        return HalfStep(
+            self.scheme, self.branch, self.target, self.source, inverted=not self.inverted
+        )
 
-    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor]:
-        a, b = streams
-        change = self.scheme.uncombine if self.inverted else self.scheme.combine
-        return (change(a, run(b)),)
+    def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
+        streams[self.target] = self._change(streams[self.target], run(streams[self.source]))
 
-    def undo(self, replay: Replay, streams: list[Tensor]) -> None:
-        target, source = self.reads
-        change = self.scheme.combine if self.inverted else self.scheme.uncombine
-        streams[target] = change(streams[target], replay.repeat(streams[source]))
+    def undo(self, again: Again, streams: list[Tensor]) -> None:
+        streams[self.target] = self._back(streams[self.target], again.repeat(streams[self.source]))
 
-    def backward(
-        self,
-        replay: Replay,
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: Sequence[Tensor],
-        needed: Sequence[bool],
-    ) -> Gradients:
-        target, source = self.reads
-        graph = replay.repeat_for_gradients(streams[source], needs_x=needed[1])
+    def rebuild(
+        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
+    ) -> Differentiate:
         # The graph that gives the branch's output back is the one that is differentiated.
-        t = graph.t
+        t, pull = again.record(streams[self.source])
         if kept is None:
-            back = self.scheme.combine if self.inverted else self.scheme.uncombine
-            a = back(streams[target], t)
-            # What stood there after the step is free before the graph is walked.
-            streams[target] = a
+            streams[self.target] = self._back(streams[self.target], t)
         else:
             streams[:] = kept
-            a = kept[target]
-        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grad_a, grad_t = vjp(a, t, grads[0])
-        return (grad_a, *graph.differentiate(needed[1:], grad_t, self.branch))
+        return partial(self._differentiate, streams[self.target], t, pull)
 
-    def backward_traced(
-        self,
-        function: Callable[..., Tensor],
-        leaves: Sequence[Tensor],
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: list[Tensor],
-    ) -> Sequence[Tensor]:
-        target, source = self.reads
-        t, pullback, *_ = torch.func.vjp(function, streams[source], *leaves)
-        if kept is None:
-            back = self.scheme.combine if self.inverted else self.scheme.uncombine
-            streams[target] = back(streams[target], t)
-        else:
-            streams[:] = kept
-        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grads[target], grad_t = vjp(streams[target], t, grads[target])
-        grad_b, *found = pullback(grad_t.to(t.dtype))
-        grads[source] = grads[source] + grad_b
-        return tuple(found)
+    def _differentiate(
+        self, a: Tensor, t: Tensor, pull: Pullback, grads: Gradients
+    ) -> Sequence[Tensor | None]:
+        target, source = self.target, self.source
+        grads[target], grad_t = self._vjp(a, t, grads[target])
+        grad_b, *found = pull(grad_t)
+        grads[source] = add(grads[source], grad_b)
+        return found

@@ -37,9 +37,10 @@ _QUIET: frozenset[type[nn.Module]] = frozenset(
 
 def draw_nothing(modules: Sequence[nn.Module]) -> bool:
     """Tells whether these modules are known to draw no random numbers."""
-    return _QUIET.issuperset(map(type, modules)) and not any(
-        module._forward_hooks or module._forward_pre_hooks for module in modules
-    )
+    for module in modules:  # faster than any()
+        if type(module) not in _QUIET or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return True
 
 
 _CPU = torch.device("cpu")
