@@ -75,6 +75,8 @@ def fill(text: str) -> str:
         "numerics": numerics_caption,
         "pitch": pitch,
         "runs": runs,
+        "single": lambda: runs(link=False),
+        "twins": twins,
         "steps": steps,
         "several": several_gpus,
     }
@@ -86,7 +88,7 @@ def fill(text: str) -> str:
     return re.sub(pattern, replacement, text, flags=re.DOTALL)
 
 
-def runs() -> str:
+def runs(*, link: bool = True) -> str:
     """Returns all runs: what was trained on what, and what came of it."""
     rows = []
     for file in sorted(RESULTS.glob("*/summary.json")):
@@ -100,7 +102,7 @@ def runs() -> str:
         )
         rows.append(
             [
-                f"[{summary['model']}]({folder}){changed}",
+                (f"[{summary['model']}]({folder})" if link else summary["model"]) + changed,
                 f"{summary['parameters']:,}",
                 summary["data"],
                 f"{summary['test_accuracy'] * 100:.2f} %",
@@ -294,6 +296,19 @@ def cells() -> str:
     header = "network, recipe, test accuracy %, runs, published %, seconds, peak MB"
     failed = f"\n\nRuns that failed: {failures}, their records are beside these."
     return table(header, rows) + (failed if failures else "")
+
+
+def twins() -> str:
+    """Returns whether reversed and stored training end with the same bits."""
+    record = read("twins-fixed-point-h100.json")
+    steps = len(record["losses_reversed"])
+    if record["first_difference"] is not None or record["largest_weight_difference"] != 0:
+        raise ValueError("the twins differ")
+    return (
+        f"{title(record)} with the fixed-point scheme was trained twice for {steps:,} steps on "
+        f"{record['data']}, once reversed and once stored. The losses of all steps are the same "
+        f"bits, and so are all weights at the end ({machine(record)}, by `{record['command']}`)."
+    )
 
 
 def digits() -> str:
