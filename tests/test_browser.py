@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "site"
 PICTURES = ROOT / "screenshots"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PAGES = sorted(
     path.parent.relative_to(SITE).as_posix().removeprefix(".") for path in SITE.rglob("index.html")
 )
