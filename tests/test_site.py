@@ -4,6 +4,7 @@
 """
 
 import ast
+import os
 import re
 from functools import cache
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "site"
+TOP = urlsplit(os.environ.get("SITE_URL", "")).path  # of where it is published
 PACKAGES = ("revcore", "revmodels", "revdata", "revtrain")
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
 
@@ -79,7 +81,7 @@ def test_links_lead_somewhere(path):
         if parts.scheme or parts.netloc:
             continue
         if path == "404.html":  # is shown under any address, so its links begin at the root
-            target = SITE / unquote(parts.path).lstrip("/")
+            target = SITE / unquote(parts.path).removeprefix(TOP).lstrip("/")
         else:
             target = (base / unquote(parts.path)).resolve() if parts.path else SITE / path
         if target.is_dir():
