@@ -66,7 +66,9 @@ def run_tests(session: nox.Session, package: str, *command: str) -> None:
     """Run the doctests of an installed package, its tests and the Python blocks of its README."""
     session.run(
         *(command or ("python", "-m", "pytest")),
-        *("--doctest-modules", "--pyargs", package, f"packages/{package}/tests"),
+        # A module that needs Triton is not there where Triton is not.
+        *("--doctest-modules", "--doctest-ignore-import-errors"),
+        *("--pyargs", package, f"packages/{package}/tests"),
         f"tests/test_documents.py::test_python_blocks_run[packages/{package}/README.md]",
         *session.posargs,
     )
@@ -107,7 +109,7 @@ def tests_revcore(session: nox.Session) -> None:
 @nox.session(name="tests-revmodels", requires=["build", "torch"])
 def tests_revmodels(session: nox.Session) -> None:
     """Test the wheel of revmodels."""
-    install(session, "revmodels", *TEST_TOOLS)
+    install(session, "revmodels", *TEST_TOOLS, "numpy")  # for Triton's interpreter
     run_tests(session, "revmodels")
 
 
@@ -195,7 +197,8 @@ def train(session: nox.Session) -> None:
 @nox.parametrize("release", ["oldest", "newest"], ids=["oldest", "newest"])
 def tests_torch(session: nox.Session, release: str) -> None:
     """Test all wheels with the oldest or the newest torch that they support."""
-    pin = ["torch==2.6.*"] if release == "oldest" else []
+    # The interpreter of that torch's Triton takes no newer numpy.
+    pin = ["torch==2.6.*", "numpy<2.4"] if release == "oldest" else []
     session.install(constraints(session, *pin), EVERYTHING, *TEST_TOOLS)
     for package in PACKAGES:
         run_tests(session, package)

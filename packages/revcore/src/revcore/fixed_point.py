@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from revcore.additive import fitting
 from revcore.coupling import Coupling
-from revcore.grid import to_grid
+from revcore.grid import move
 
 
 class FixedPointCoupling(Coupling):
@@ -55,10 +55,10 @@ class FixedPointCoupling(Coupling):
         self.fraction_bits = self.grid = fraction_bits
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a + to_grid(fitting(a, t).to(a.dtype), self.fraction_bits)
+        return move(a, fitting(a, t), self.fraction_bits, 1)
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a - to_grid(fitting(a, t).to(a.dtype), self.fraction_bits)
+        return move(a, fitting(a, t), self.fraction_bits, -1)
 
     # The gradients are known, so no graph has to be built for them.
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,11 +174,13 @@ class Replay:
             x.requires_grad_()
         leaves, aliases = self.leaves, _NOTHING
         # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
-        # what the node returns; a stand-in has none.
+        # what the node returns; a stand-in has none. Nor does it belong to the CUDA stream of the
+        # forward pass, which need not be that of the repetition while a graph is captured.
+        everywhere = x.is_cuda and torch.cuda.is_current_stream_capturing()
         strange = [
-            (tensor, need)
-            for tensor, need in zip(self._tensors, self._needed)  # noqa: B905 - made together
-            if tensor.requires_grad is not need or not tensor.is_leaf or tensor._backward_hooks
+            (v, need)
+            for v, need in zip(self._tensors, self._needed)  # noqa: B905 - made together
+            if everywhere or v.requires_grad is not need or not v.is_leaf or v._backward_hooks
         ]
         if strange:
             aliases = {id(v): v.detach().requires_grad_(need) for v, need in strange}
