@@ -125,7 +125,8 @@ def tests_revtrain(session: nox.Session) -> None:
     """Test the wheel of revtrain, the Python blocks of every document, and the benchmarks."""
     install(session, "revtrain", *TEST_TOOLS, "tensorboard")  # one tracker, to test --log-with
     run_tests(session, "revtrain")
-    session.run("python", "-m", "pytest", "tests/test_documents.py", "tests/test_benchmarks.py")
+    files = ("documents", "pages", "benchmarks")
+    session.run("python", "-m", "pytest", *(f"tests/test_{file}.py" for file in files))
 
 
 @nox.session

@@ -94,39 +94,75 @@ def numerics(axes: Axes, colors: list[str]) -> None:
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def curves(axes: Axes, colors: list[str]) -> None:
-    """Draws test accuracy over the epochs of the full runs on CIFAR-10."""
-    runs = sorted(RESULTS.glob("cells/cifar10-*-seed0/summary.json"))
-    for number, file in enumerate(runs):
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        lines = file.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        points = [json.loads(line) for line in lines]
-        if "test_accuracy" not in points[-1]:
-            continue
-        axes.plot(
-            [point["epoch"] for point in points],
-            [100 * point["test_accuracy"] for point in points],
-            "--" if number >= len(colors) else "-",
-            c=colors[number % len(colors)],
-            label=f"{summary['model']}, {100 * points[-1]['test_accuracy']:.2f} %",
-        )
-    axes.set(xlabel="epoch", ylabel="test accuracy, %")
-    axes.legend(loc="lower right")
+def curves(data: str) -> Callable[[Axes, list[str]], None]:
+    """Returns what draws test accuracy over the epochs of the runs with seed 0 on some data."""
+
+    def draw_curves(axes: Axes, colors: list[str]) -> None:
+        runs = []
+        for file in sorted(RESULTS.glob(f"cells/{data}-*-seed0/summary.json")):
+            summary = json.loads(file.read_text(encoding="utf-8"))
+            if "test_accuracy" in summary:  # not one of the search for a recipe
+                runs.append((file, summary))
+        models = [summary["model"] for _, summary in runs]
+        for number, (file, summary) in enumerate(runs):
+            lines = file.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            points = [json.loads(line) for line in lines]
+            several = models.count(summary["model"]) > 1
+            recipe = f", {Path(summary['recipe']).stem}" if several else ""
+            axes.plot(
+                [point["epoch"] for point in points],
+                [100 * point["test_accuracy"] for point in points],
+                ("-", "--", ":", "-.")[number // len(colors) % 4],
+                c=colors[number % len(colors)],
+                label=f"{summary['model']}{recipe}, {100 * summary['test_accuracy']:.2f} %",
+            )
+        axes.set(xlabel="epoch", ylabel=f"{data}: test accuracy, %")
+        axes.legend(loc="lower right", fontsize=9)
+
+    return draw_curves
 
 
+def steps(key: str, scale: float, label: str) -> Callable[[Axes, list[str]], None]:
+    """Returns what draws one number of a training step, all ways, as CUDA graphs."""
+
+    def draw_steps(axes: Axes, colors: list[str]) -> None:
+        record = _read(max(RESULTS.glob(STEPS)).name)
+        rows = [row for row in record["rows"] if row["launch"] == "graph" and not row["error"]]
+        ways = list(dict.fromkeys(row["way"] for row in rows))
+        for number, (precision, name) in enumerate((("no", "float32"), ("bf16", "bf16"))):
+            values = {r["way"]: r[key] * scale for r in rows if r["precision"] == precision}
+            places = [ways.index(way) + 0.38 * (number - 0.5) for way in values]
+            bars = axes.barh(places, list(values.values()), 0.36, color=colors[number], label=name)
+            axes.bar_label(bars, fmt="{:,.1f}", padding=3, fontsize=9)
+        axes.set_yticks(range(len(ways)), ways)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.12)
+        axes.set_xlabel(label)
+        axes.legend(loc="lower right")
+
+    return draw_steps
+
+
+STEPS = "step-revnet164-100-*.json"
 # What is drawn, from which records, and its size in inches.
 FIGURES: dict[str, tuple[Callable[[Axes, list[str]], None], str, tuple[float, float]]] = {
     "memory": (memory, "depth.json", (6.4, 3.2)),
     "time": (time, "depth.json", (6.4, 3.2)),
     "numerics": (numerics, "numerics.json", (7.6, 3.4)),
-    "curves": (curves, "cells/cifar10-*-seed0/metrics.jsonl", (6.4, 3.2)),
+    "curves-cifar10": (curves("cifar10"), "cells/cifar10-*-seed0/metrics.jsonl", (6.4, 3.2)),
+    "curves-cifar100": (curves("cifar100"), "cells/cifar100-*-seed0/metrics.jsonl", (6.4, 3.2)),
+    "step-time": (steps("step_ms", 1, "ms a step"), STEPS, (6.4, 4.2)),
+    "step-memory": (steps("kept_bytes", 1e-6, "MB kept for the backward pass"), STEPS, (6.4, 4.2)),
 }
 
 
 def draw() -> None:
-    """Draws all figures."""
+    """Draws all figures that there are records for."""
     FOLDER.mkdir(exist_ok=True)
     for name, (function, _, size) in FIGURES.items():
+        if not source(name):
+            continue
         for theme, look in THEMES.items():
             ink = {"axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"}
             with mpl.rc_context(STYLE | dict.fromkeys(ink, look["ink"])):
@@ -154,7 +190,8 @@ def source(name: str) -> str:
 
 def stale() -> list[str]:
     """Lists the figures that are missing, or not those of the records."""
-    paths = [(FOLDER / f"{name}-{theme}.svg", name) for name in FIGURES for theme in THEMES]
+    drawn = filter(source, FIGURES)
+    paths = [(FOLDER / f"{name}-{theme}.svg", name) for name in drawn for theme in THEMES]
     return [
         path.name
         for path, name in paths

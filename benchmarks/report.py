@@ -62,9 +62,11 @@ def fill(text: str) -> str:
     """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
     tables = {
         "caption": caption,
+        "chaos": chaos,
         "alternatives": alternatives,
         "batches": batches,
         "cells": cells,
+        "curves": curves,
         "depth": depth,
         "digits": digits,
         "kernels": kernels,
@@ -296,6 +298,50 @@ def cells() -> str:
     header = "network, recipe, test accuracy %, runs, published %, seconds, peak MB"
     failed = f"\n\nRuns that failed: {failures}, their records are beside these."
     return table(header, rows) + (failed if failures else "")
+
+
+def chaos() -> str:
+    """Returns how many kills training survived."""
+    record = read("chaos.json")
+
+    def count(**wanted: Any) -> int:
+        found = [hit for hit in record["hits"] if wanted.items() <= hit.items()]
+        return sum(hit["kills"] for hit in found)
+
+    kills = count()
+    if record["lost"] or kills != record["kills"]:
+        raise ValueError(f"{record['lost']} runs were lost, or kills were miscounted")
+    names = {
+        "start": "while it started",
+        "training": "in training",
+        "saving": "while it saved",
+        "evaluation": "in evaluation",
+        "finishing": "while it wrote its results",
+    }
+    places = ", ".join(f"{count(where=place)} {name}" for place, name in names.items())
+    if sum(count(where=place) for place in names) != kills:
+        raise ValueError(f"kills at other places than {', '.join(names)}")
+    largest = record["checkpoints"][-1]
+    return (
+        f"In that record {kills} kills ({count(how='SIGKILL')} by SIGKILL, {count(how='SIGTERM')} "
+        f"by SIGTERM; {count(processes=1)} of one process, {count(processes=2)} of two) hit "
+        f"{record['runs']} runs: {places}. No run ended with other bits. All "
+        f"{len(record['damages'])} kinds of damage that were tried were refused. A checkpoint of "
+        f"{largest['model']} ({largest['parameters']:,} parameters, "
+        f"{largest['checkpoint_bytes'] / 1e6:.1f} MB) took {largest['save_seconds']:.2f} s to save "
+        f"and {largest['verify_and_load_seconds']:.2f} s to check and load, on {hardware(record)}."
+    )
+
+
+def curves() -> str:
+    """Returns the learning curves of the data sets that there are runs of."""
+    return "\n\n".join(
+        f"![Test accuracy over the epochs, {data}](assets/figures/curves-{data}-{theme}.svg"
+        f"#only-{theme})"
+        for data in ("cifar10", "cifar100")
+        if figures.source(f"curves-{data}")
+        for theme in figures.THEMES
+    )
 
 
 def twins() -> str:
