@@ -29,6 +29,10 @@ class FixedPointCoupling(Coupling):
     branch is used at two places that uses a parameter twice, whose gradients are added up in
     another order.
 
+    References:
+        Reversible Recurrent Neural Networks (MacKay et al., 2018), section 3, for fixed-point
+        numbers, whose additions can be undone exactly. https://arxiv.org/abs/1810.10999
+
     Args:
         f: Module that maps the second stream to the shape of the first.
         g: Module that maps the first stream to the shape of the second.
