@@ -108,3 +108,39 @@ def test_version(command):
     status, out, _ = command("--version")
     assert status == 0
     assert out.strip()
+
+
+def test_help_waits_for_no_torch():
+    code = (
+        "import sys, revtrain.cli; sys.exit('torch' in sys.modules or 'accelerate' in sys.modules)"
+    )
+    assert launch("-c", code).returncode == 0
+
+
+def test_training_and_evaluating_wait_for_no_torchvision():
+    code = "import sys, revtrain.commands; sys.exit('torchvision' in sys.modules)"
+    assert launch("-c", code).returncode == 0
+
+
+def test_the_package_has_the_names_that_it_lists():
+    for name in revtrain.__all__:
+        assert getattr(revtrain, name).__module__.startswith("revtrain.")
+    assert set(revtrain.__all__) <= set(dir(revtrain))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = revtrain.trian
+
+
+@pytest.mark.parametrize(("command_name", "hint"), [("train", True), ("list", False)])
+def test_ctrl_c_outside_of_the_loop(command, monkeypatch, command_name, hint):
+    """While it imports, reads data or writes results: no traceback, and the shell's status."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("revtrain.commands.Trainer", interrupt)
+    monkeypatch.setattr("revtrain.listing.print_lists", interrupt)
+    status, out, err = command(command_name)
+    assert (status, out) == (130, "")
+    assert err.startswith("interrupted")
+    assert ("--resume" in err) is hint
+    assert err.count("\n") == 1

@@ -124,16 +124,15 @@ class Checkpoints:
             raise CheckpointError(error)
         return None if path is None else Path(path)
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Restores weights, optimizer, schedule, gradient scale and random states.
-
-        Returns:
-            The progress that was saved.
-        """
-        self._accelerator.load_state(str(path))
-        self._restore_random_states(path)
+    def progress(self, path: Path) -> dict[str, Any]:
+        """Returns the progress that was saved."""
         progress: dict[str, Any] = read_json(path / _PROGRESS)
         return progress
+
+    def load(self, path: Path) -> None:
+        """Restores weights, optimizer, schedule, gradient scale and random states."""
+        self._accelerator.load_state(str(path))
+        self._restore_random_states(path)
 
     def _find_newest(self) -> tuple[str | None, str | None]:
         paths = sorted(self.path.glob(f"{_PREFIX}*"), reverse=True)

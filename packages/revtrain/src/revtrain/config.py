@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from revtrain.recipe import Recipe, load_recipe, refuse_unknown_key
-from revtrain.tracking import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,10 @@ class TrainConfig:
             if value not in choices:
                 listed = ", ".join(str(choice) for choice in choices if choice)
                 raise ValueError(f"{name} (={value!r}) must be one of {listed}")
-        check_trackers(self.log_with)
+        if self.log_with:
+            from revtrain.tracking import check_trackers  # noqa: PLC0415
+
+            check_trackers(self.log_with)
         # A wrong recipe or override is an error here, not at its first use.
         self.resolved_recipe  # noqa: B018
 

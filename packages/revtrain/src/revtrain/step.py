@@ -199,8 +199,8 @@ class TrainStep:
         precision = accelerator.mixed_precision
         return (
             f"the loss or a gradient is not finite at step {step}, on rank {rank}: the first such "
-            f"number is in {what}. Weights and optimizer are as before that step. Ways out: lower "
-            f"the learning rate (--lr)"
+            f"number is in {what}. Weights and optimizer are as before that step, as is the last "
+            f"checkpoint. Ways out: a run with a lower learning rate (--lr, --fresh)"
             + ("" if precision == "no" else f", train without --mixed-precision {precision}")
         )
 
