@@ -53,7 +53,7 @@ from revtrain.trainer import Trainer  # noqa: E402
 
 OPTIONS: dict[str, Any] = {
     "data": "digits",
-    "blocks": (1, 1, 1),
+    "blocks": (2, 2, 2),
     "channels": (4, 8, 8, 8),
     "epochs": 3,
     "batch_size": 200,

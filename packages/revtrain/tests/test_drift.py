@@ -178,6 +178,7 @@ import torch
 from torch import nn
 from test_step import Run
 from revtrain.drift import DriftError, DriftWatch
+from revtrain.net import unwrap
 
 class Shifts(nn.Module):
     shift = 0.1 if os.environ["RANK"] == "1" else 0.0
@@ -189,7 +190,7 @@ class Shifts(nn.Module):
         return y + self.shift
 
 run = Run("cpu", change=lambda net: net.stages[1].chain.append(Shifts()))
-net = run.accelerator.unwrap_model(run.net)
+net = unwrap(run.net, run.accelerator)
 try:
     with DriftWatch(net, run.step, run.accelerator, every=1, bound=1e-3).around(1):
         run.take(*run.batch())

@@ -24,7 +24,7 @@ from revtrain.finish import write_results
 from revtrain.launch import make_accelerator
 from revtrain.memory import DepthCost, read_memory
 from revtrain.meter import Averages, Meter
-from revtrain.net import NetSpec, to_device
+from revtrain.net import NetSpec, to_device, unwrap
 from revtrain.optim import make_optimizer, make_scheduler
 from revtrain.peak import peak_memory, reset_peak_memory
 from revtrain.progress import TrainProgress
@@ -125,7 +125,7 @@ class Trainer:
         )
         # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
         # of batches here.
-        net = accelerator.unwrap_model(self.model)
+        net = unwrap(self.model, accelerator)
         self.evaluator = Evaluator(net, accelerator, graph=config.graph)
         self.drift = DriftWatch(
             net, self.step, accelerator, every=config.drift_every, bound=config.drift_bound
@@ -187,7 +187,7 @@ class Trainer:
             measure = self.config.memory and self.spec.architecture.reversible
             memory = write_results(
                 self.folder,
-                accelerator.unwrap_model(self.model),
+                unwrap(self.model, accelerator),
                 self.spec,
                 accelerator,
                 records=state.records,
