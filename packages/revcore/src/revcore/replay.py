@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from revcore.autocast import autocast_as, autocast_now
 from revcore.graph import Graph
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, draw_nothing, get_states
+from revcore.remember import Memory
 from revcore.versions import changed, version, versions
 
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
@@ -116,6 +117,7 @@ class Replay:
             RuntimeError: If the branch changes its input in place.
         """
         self._stride = x.stride()
+        self._memory = Memory()
         self._needs_x = x.requires_grad
         self._device = x.device
         self._before = self._after = NO_STATES
@@ -123,12 +125,12 @@ class Replay:
         self._buffers, self._copies = [], []
         guarded = self._autocast or self._same_graph
         if self._quiet and not self._buffered and not guarded:
-            return run_branch(self._call, x, self._kwargs)
+            return self._run(self._call, x, self._kwargs)
         with _LOCK:
             if not self._quiet:
                 self._before = get_states(x)
             if not self._buffered and self._before and not guarded:
-                t = run_branch(self._call, x, self._kwargs)
+                t = self._run(self._call, x, self._kwargs)
                 self._after = get_states(x)
                 return t
             buffers = [
@@ -142,7 +144,7 @@ class Replay:
             if guarded or capturing:
                 t = self._guarded_run(x, capturing=capturing)
             else:
-                t = run_branch(self._call, x, self._kwargs)
+                t = self._run(self._call, x, self._kwargs)
             if self._before:
                 self._after = get_states(x)
             # A copy is kept of the few buffers that the branch has changed, to run it from there.
@@ -166,7 +168,13 @@ class Replay:
                 stack.enter_context(RefuseRandomness(_CAPTURING))
             stack.enter_context(torch.set_grad_enabled(self._same_graph))
             x = x.detach().requires_grad_(self._needs_x and self._same_graph)
-            return run_branch(self._call, x, self._kwargs).detach()
+            return self._run(self._call, x, self._kwargs).detach()
+
+    def _run(self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        if call is not self._call:
+            return run_branch(call, x, kwargs)
+        with self._memory:
+            return run_branch(call, x, kwargs)
 
     def _lay_out(self, x: Tensor) -> Tensor:
         """Copies `x` to the strides that the branch saw first; other strides, other bits."""
@@ -184,6 +192,7 @@ class Replay:
             RuntimeError: If a parameter, buffer or argument has changed since, or the branch draws
                 other random numbers than before.
         """
+        self._memory.again = True
         if call is not None:
             return self._repeat(call, x, _NOTHING)
         x = x if x.stride() == self._stride else self._lay_out(x)
@@ -204,6 +213,7 @@ class Replay:
             The branch's output and its graph, whose leaves are what stands for `x`, then one tensor
             for each of `leaves`.
         """
+        self._memory.again = True
         x = (x if x.stride() == self._stride else self._lay_out(x)).detach()
         if needs_x:
             x.requires_grad_()
@@ -227,7 +237,7 @@ class Replay:
         self._refuse_changes()
         if not aliases and self._is_usual():
             if not self._norms and not self._before:
-                return run_branch(call, x, self._kwargs)
+                return self._run(call, x, self._kwargs)
             with _LOCK:
                 try:
                     for module in self._norms:
@@ -249,9 +259,9 @@ class Replay:
         self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]
     ) -> Tensor:
         if not self._before:
-            return run_branch(call, x, kwargs)
+            return self._run(call, x, kwargs)
         return draw_again(
-            self._before, self._after, lambda: run_branch(call, x, kwargs), _OTHER_DRAWS
+            self._before, self._after, lambda: self._run(call, x, kwargs), _OTHER_DRAWS
         )
 
     def _is_usual(self) -> bool:

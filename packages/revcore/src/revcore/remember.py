@@ -1,0 +1,88 @@
+"""Small results of a branch that its repetition gets back instead of computing them again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+class Memory:
+    """What one branch remembers, in the order in which it came to it.
+
+    Used as a context around a run of the branch.
+
+    Attributes:
+        again: Whether the run is a repetition, which is given what the first one remembered.
+    """
+
+    __slots__ = ("_outer", "_position", "_results", "again")
+
+    def __init__(self) -> None:
+        self._results: list[Tensors] = []
+        self.again = False
+
+    def __enter__(self) -> None:
+        self._outer, _thread.memory = _thread.memory, self
+        self._position = 0
+
+    def __exit__(self, *_: object) -> None:
+        _thread.memory, self._outer = self._outer, None
+
+    def ask(self, compute: Callable[[], Tensors]) -> Tensors:
+        """Returns the next result."""
+        if not self.again:
+            # The branch may be part of another one, which is being repeated.
+            self._results.append(_ask(self._outer, compute))
+        elif self._position == len(self._results):
+            raise RuntimeError(
+                "a reversible branch calls revcore.remember more often when it is repeated than in "
+                "its first run, so it is not the same computation"
+            )
+        self._position += 1
+        return self._results[self._position - 1]
+
+
+class _Thread(threading.local):
+    memory: Memory | None = None
+
+
+_thread = _Thread()
+
+
+def _ask(memory: Memory | None, compute: Callable[[], Tensors]) -> Tensors:
+    return compute() if memory is None else memory.ask(compute)
+
+
+def remember(compute: Callable[[], Tensors]) -> Tensors:
+    """Computes something small once, for a branch that runs twice.
+
+    A reversible branch runs in the forward pass and again in the backward pass. What is expensive
+    to compute and small to keep, like the statistics of a batch normalization, need not be computed
+    twice: in the second run this returns what the first one got. Outside of a reversible chain, and
+    where activations are stored, it only calls `compute`.
+
+    Args:
+        compute: Returns a tuple of tensors. They stay in memory until the backward pass, nothing
+            may change them in place, and no gradient passes through them: the caller
+            differentiates in an `autograd.Function` of its own.
+
+    Returns:
+        What `compute` returns, now or in the first run.
+
+    Raises:
+        RuntimeError: If the second run asks more often than the first one did.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(5, 3)
+        >>> mean, = remember(lambda: (x.mean(0),))
+        >>> mean.shape
+        torch.Size([3])
+    """
+    with torch.no_grad():
+        return _ask(None if torch.compiler.is_compiling() else _thread.memory, compute)
