@@ -3,9 +3,9 @@
     PYTHONPATH=tests/memcnn python -m pytest -p shim --pyargs memcnn.models.tests
 
 Ours stands in for MemCNN's three modules of couplings; its nets, which are built of them, its
-trainer, which trains those, and its tests are its own. What cannot pass is marked with the reason, and has to fail. With `--left-alone`
-the one helper that asks whether a caller's input was emptied is exchanged for one that asks whether
-it was left alone.
+trainer, which trains those, and its tests are its own. What cannot pass is marked with the reason,
+and has to fail. With `--left-alone` the one helper that asks whether a caller's input was emptied
+is exchanged for one that asks whether it was left alone.
 """
 
 import importlib

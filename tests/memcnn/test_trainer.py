@@ -1,6 +1,6 @@
 """MemCNN's own training script trains its own RevNet, with ours for its couplings.
 
-Run with the plugin: `PYTHONPATH=tests/memcnn python -m pytest -p shim tests/memcnn/test_trainer.py`.
+Run with the plugin: PYTHONPATH=tests/memcnn python -m pytest -p shim tests/memcnn/test_trainer.py
 """
 
 import json
