@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,7 +165,7 @@ class TrainConfig:
 def _check_drift_bound(bound: float | None, every: int | None) -> None:
     if bound is None:
         return
-    if not bound >= 0:  # NaN is not
-        raise ValueError(f"drift_bound (={bound}) must be at least 0")
+    if not 0 <= bound < math.inf:  # NaN is not
+        raise ValueError(f"drift_bound (={bound}) must be at least 0, and finite")
     if every is None:
         raise ValueError(f"drift_bound (={bound}) needs a measurement: give drift_every, too")
