@@ -1,7 +1,8 @@
 """The ways to train one RevNet that are compared: ours, other libraries, torch's checkpointing.
 
 All ways run the same branches with the same initial weights, inside of the same stem, transitions
-and head; what differs is the container that runs a stage's blocks.
+and head; what differs is the container that runs a stage's blocks. Other libraries run torch's
+BatchNorm, as their users do; revmodels' kernels are for the ways that say so.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ def by_sqrt(pairs: Sequence[Pair]) -> nn.Module:
     return Checkpointed(pairs, max(1, math.isqrt(len(pairs))))
 
 
+class PlainBatchNorm2d(nn.BatchNorm2d):
+    """What revmodels' kernels do not know, so that torch's run."""
+
+
 class Copy(nn.Module):
     """Gives MemCNN an input of its own, whose storage it may free: the ReLU before needs its own.
 
@@ -98,6 +103,12 @@ def by_revlib(pairs: Sequence[Pair]) -> nn.Module:
     return revlib.ReversibleSequential(*(branch for pair in pairs for branch in pair))
 
 
+def without_overlap(pairs: Sequence[Pair]) -> nn.Module:
+    chain = revcore.ReversibleSequential(*(revcore.AdditiveCoupling(f, g) for f, g in pairs))
+    chain.overlap = False
+    return chain
+
+
 def by_fixed_point(pairs: Sequence[Pair]) -> nn.Module:
     return revcore.ReversibleSequential(*(revcore.FixedPointCoupling(f, g) for f, g in pairs))
 
@@ -110,6 +121,7 @@ class Way:
         chain: Makes a container from pairs of branches; None for revmodels' own.
         reversing: Whether a container of revcore reverses.
         package: The library that has to be there.
+        kernels: Whether BatchNorm and ReLU run in revmodels' kernels, where there are any.
         compiled: Whether the whole net is compiled.
         budget: Share of the activations that the compiler may keep.
     """
@@ -117,6 +129,7 @@ class Way:
     chain: Chain | None = None
     reversing: bool = True
     package: str | None = None
+    kernels: bool = True
     compiled: bool = False
     budget: float | None = None
 
@@ -131,6 +144,10 @@ class Way:
         """Makes the network; equal seeds give equal weights for all ways."""
         torch.manual_seed(seed)
         net = spec.build(reversing=self.reversing)
+        if not self.kernels:
+            for module in net.modules():
+                if type(module) is nn.BatchNorm2d:
+                    module.__class__ = PlainBatchNorm2d
         if self.chain is not None:
             for stage in net.modules():
                 if isinstance(stage, ReversibleStage) and len(stage.chain):
@@ -152,12 +169,14 @@ class Way:
 WAYS = {
     "stored": Way(reversing=False),
     "revcore": Way(),
+    "revcore, no overlap": Way(without_overlap),
     "revcore, fixed point": Way(by_fixed_point),
-    "MemCNN": Way(by_memcnn, package="memcnn"),
-    "RevTorch": Way(by_revtorch, package="revtorch"),
-    "RevLib": Way(by_revlib, package="revlib"),
-    "checkpoint by block": Way(by_block),
-    "checkpoint in sqrt segments": Way(by_sqrt),
+    "MemCNN": Way(by_memcnn, package="memcnn", kernels=False),
+    "RevTorch": Way(by_revtorch, package="revtorch", kernels=False),
+    "RevLib": Way(by_revlib, package="revlib", kernels=False),
+    "checkpoint by block": Way(by_block, kernels=False),
+    "checkpoint in sqrt segments": Way(by_sqrt, kernels=False),
+    "stored, torch's BatchNorm": Way(reversing=False, kernels=False),
     "stored, compiled": Way(reversing=False, compiled=True),
     "revcore, compiled": Way(compiled=True),
     "stored, compiled, budget 0.3": Way(reversing=False, compiled=True, budget=0.3),

@@ -70,7 +70,6 @@ class Low(nn.Module):
         self.bend = Bend(layout, width, out)
 
     def forward(self, x):
-        self.bend.bfloat16()
         return self.bend(x.bfloat16())
 
 
@@ -106,8 +105,8 @@ BRANCHES = {
     "low": Low,
 }
 SMOOTHLY = tuple(name for name in BRANCHES if name != "low")  # what is rounded may jump
-# "nested" has a chain inside, not of fixed-point couplings. "spectral" uses a parameter twice: if
-# a branch is shared, storing adds up four gradients in a row, reversing two and two.
+# "nested" has a chain inside that is not of fixed-point couplings. "spectral" uses a parameter
+# twice: where a branch is shared, storing adds up four gradients in a row, reversing two and two.
 EXACTLY = tuple(name for name in BRANCHES if name not in {"nested", "spectral"})
 
 
@@ -140,6 +139,9 @@ class Plan:
             blocks.append(revcore.ReversibleBlock(f, g, coupling, dim, keep_input=keep))
             blocks[-1].keep_input_inverse = keep
         chain = revcore.ReversibleSequential(*blocks, split_dim=dim).to(dtype)
+        for module in chain.modules():
+            if isinstance(module, Low):
+                module.bfloat16()
         for position in self.frozen:
             if position < len(chain):
                 chain[position].requires_grad_(False)

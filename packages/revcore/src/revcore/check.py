@@ -105,7 +105,7 @@ def check_invertible(
         (True, ['0', '1', 'ReversibleSequential'])
     """
     calls: list[Call] = []
-    runner = copy.deepcopy(module)
+    runner = duplicate(module)
     for name, block in runner.named_modules():
         if callable(getattr(block, "inverse", None)):
             block.register_forward_hook(partial(_note, calls, name), with_kwargs=True)
@@ -125,7 +125,7 @@ def _note(calls: list[Call], name: str, _: Any, x: Streams, kwargs: Any, __: Any
 def _check(
     module: nn.Module, name: str, x: Streams, kwargs: dict[str, Any], tolerance: float | None
 ) -> BlockCheck:
-    block = copy.deepcopy(module.get_submodule(name))
+    block = duplicate(module.get_submodule(name))
     for part in block.modules():
         if isinstance(part, ReversibleSequential):
             part.log_det = False  # so that it returns what its inverse takes
@@ -142,7 +142,7 @@ def _check(
 def _find_problem(
     block: Any, x: Streams, kwargs: dict[str, Any], limit: float, errors: dict[str, float]
 ) -> str | None:
-    one, two = copy.deepcopy(block), copy.deepcopy(block)
+    one, two = duplicate(block), duplicate(block)
     with _fork(x):
         y, other = (several(one(*x, **kwargs)) for _ in range(2))
     with _fork(x):
@@ -178,7 +178,7 @@ def _find_problem(
 def _gradients(
     block: nn.Module, x: Streams, kwargs: dict[str, Any], *, reversing: bool
 ) -> list[Tensor | None]:
-    chain = ReversibleSequential(copy.deepcopy(block), split_dim=getattr(block, "split_dim", -1))
+    chain = ReversibleSequential(duplicate(block), split_dim=getattr(block, "split_dim", -1))
     set_reversing(chain, reversing)
     with torch.enable_grad(), _fork(x):
         leaves = [stream.detach().requires_grad_() for stream in x]
@@ -186,6 +186,16 @@ def _gradients(
         seeds = [torch.linspace(0.5, 1.5, t.numel()).view_as(t).to(t) for t in y]
         wanted = leaves + [p for p in chain.parameters() if p.requires_grad]
         return list(torch.autograd.grad(y, wanted, seeds, allow_unused=True))
+
+
+def duplicate(module: nn.Module) -> Any:
+    """Returns a deep copy, also of modules that hold a result of autograd.
+
+    Those of `torch.nn.utils.weight_norm` do, and compute it anew in each call.
+    """
+    held = (value for part in module.modules() for value in vars(part).values())
+    results = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(module, {id(value): value.detach() for value in results})
 
 
 def _fork(x: Streams) -> AbstractContextManager[None]:

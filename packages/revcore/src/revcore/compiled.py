@@ -11,7 +11,7 @@ reaches the user; without, torch falls back to the eager engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.replay import BATCH_NORMS
-from revcore.step import Step
+from revcore.step import Pullback, Step
 from revcore.streams import Streams
 
 RANDOM = (
@@ -77,8 +77,7 @@ def run_compiled(
         )
     streams = tuple([_dense(stream) for stream in streams])
     if not (reversing and torch.is_grad_enabled()):
-        outputs, log_dets, _ = _forward(steps, (), streams, kwargs)
-        return (*outputs, *log_dets.values())
+        return _forward(steps, (), streams, kwargs)[0]
     branches: list[_Branch] = []
     leaves: list[Tensor] = []
     for step in steps:
@@ -87,17 +86,16 @@ def run_compiled(
         leaves += named.values()
     names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     arguments = [kwargs[name] for name in names]
-    found: Streams = _ChainNode.apply(
+    outputs: Streams = _ChainNode.apply(
         (branches, set(kept), dict(kwargs), names), len(streams), *streams, *arguments, *leaves
     )
-    return found
+    return outputs
 
 
 def _forward(
     steps: Sequence[Step], kept: Any, streams: Streams, kwargs: Mapping[str, Any]
-) -> tuple[Streams, dict[int, Tensor], list[Tensor]]:
+) -> tuple[Streams, list[Tensor]]:
     current, anchors = list(streams), []
-    log_dets: dict[int, Tensor] = {}
     for number, step in enumerate(steps):
         if number in kept:
             anchors += current
@@ -105,12 +103,8 @@ def _forward(
         def run(x: Tensor, step: Step = step) -> Tensor:
             return step.call(x, **kwargs)
 
-        outputs = step.apply(run, [current[index] for index in step.reads])
-        if len(outputs) > len(step.writes):
-            log_dets[number] = outputs[-1]
-        for index, output in zip(step.writes, outputs, strict=False):
-            current[index] = output
-    return tuple(current), log_dets, anchors
+        step.apply(run, current)
+    return tuple(current), anchors
 
 
 class _ChainNode(torch.autograd.Function):
@@ -131,11 +125,10 @@ class _ChainNode(torch.autograd.Function):
         ]
         kwargs = {**kwargs, **dict(zip(names, tensors[count:], strict=False))}
         steps = [branch.step for branch in branches]
-        outputs, log_dets, anchors = _forward(steps, kept, tensors[:count], kwargs)
+        outputs, anchors = _forward(steps, kept, tensors[:count], kwargs)
         ctx.sizes = (len(anchors), len(buffers))
-        ctx.measured = list(log_dets)
         ctx.save_for_backward(*outputs, *anchors, *buffers, *tensors[count:])
-        return (*outputs, *log_dets.values())
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,8 +139,7 @@ class _ChainNode(torch.autograd.Function):
         rest = saved[count + anchored :]
         buffers, arguments = rest[:buffered], rest[buffered : buffered + len(names)]
         leaves = rest[buffered + len(names) :]
-        stream_grads = list(grads[:count])
-        log_det_grads = dict(zip(ctx.measured, grads[count:], strict=True))
+        stream_grads = list(grads)
         leaf_grads: list[Tensor] = []
         argument_grads = [torch.zeros_like(argument) for argument in arguments]
         for number in reversed(range(len(branches))):
@@ -167,14 +159,10 @@ class _ChainNode(torch.autograd.Function):
                 kwargs=kwargs,
                 autocast=ctx.autocast,
             )
-            if number in log_det_grads:
-                stream_grads.append(log_det_grads[number])
-            gradients = step.backward_traced(
-                function, [*arguments, *own], streams, before, stream_grads
-            )
-            del stream_grads[count:]
-            own_arguments, own_grads = gradients[: len(names)], gradients[len(names) :]
-            argument_grads = [a + b for a, b in zip(argument_grads, own_arguments, strict=True)]
+            branch = _Traced(function, [*arguments, *own])
+            gradients = step.rebuild(branch, streams, before)(stream_grads)
+            extra, own_grads = gradients[: len(names)], gradients[len(names) :]
+            argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
             leaf_grads = [*own_grads, *leaf_grads]
         return (None, None, *stream_grads, *argument_grads, *leaf_grads)
 
@@ -212,10 +200,24 @@ class _Function:
         with (
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
-            # What torch.func.functional_call does, which can only call a module, no method of it.
             _reparametrize_module(branch, state, tie_weights=True),
         ):
+            # What torch.func.functional_call does, which can only call a module, no method of it.
             return self.step.call(x, **kwargs)
+
+
+class _Traced(NamedTuple):
+    """Runs a branch again, for torch.compile to trace."""
+
+    function: _Function
+    leaves: Sequence[Tensor]
+
+    def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
+        return self.function(x, *self.leaves) if call is None else call(x)
+
+    def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        t, pull, *_ = torch.func.vjp(self.function, x, *self.leaves)
+        return t, lambda grad: pull(grad.to(t.dtype))
 
 
 def draws(
@@ -243,10 +245,7 @@ def draws(
         streams, kwargs = tensors[:count], dict(zip(names, tensors[count:], strict=True))
         try:
             for step in steps:
-                function = _Function(step, kwargs=kwargs)
-                outputs = step.apply(function, [streams[index] for index in step.reads])
-                for index, output in zip(step.writes, outputs, strict=False):
-                    streams[index] = output
+                step.apply(_Function(step, kwargs=kwargs), streams)
         except RandomnessError:
             return True
     return False

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revcore.replay import Replay
-from revcore.step import Gradients, Run, Step
+from revcore.step import Again, Differentiate, Gradients, Pullback, Step
 
 
 class InvertibleStep(Step):
@@ -32,10 +33,17 @@ class InvertibleStep(Step):
     def __init__(
         self, module: nn.Module, count: int, split_dim: int, *, inverted: bool = False
     ) -> None:
-        self.branch = module
-        self.reads = self.writes = tuple(range(count))
+        self.branch: Any = module
+        self.inputs = self.writes = tuple(range(count))
         self.split_dim = split_dim
         self.inverted = inverted
+        directions: tuple[Any, Any] = (module, self.branch.inverse)
+        self.call, self._back = reversed(directions) if inverted else directions
+
+    def inverse(self) -> InvertibleStep:
+        return InvertibleStep(
+            self.branch, len(self.inputs), self.split_dim, inverted=not self.inverted
+        )
 
     def measured(self) -> InvertibleStep:
         if not callable(getattr(self.branch, "log_det", None)):
@@ -44,84 +52,55 @@ class InvertibleStep(Step):
                 "log_det(x), which returns that of forward at x, or give the chain log_det=False"
             )
         step = copy.copy(self)
-        step.measures = True
+        step.measures, step.call = True, step._measure
         return step
 
-    @property
-    def call(self) -> Callable[..., Tensor]:
-        return self._measured_call if self.measures else self._way(inverted=self.inverted)
-
-    def _measured_call(self, x: Tensor) -> Tensor:
-        y = self._way(inverted=self.inverted)(x)
+    def _measure(self, x: Tensor) -> Tensor:
         if self.inverted:
-            return _pack(y, -self.branch.log_det(y), self.split_dim)  # type: ignore[operator]
-        return _pack(y, self.branch.log_det(x), self.split_dim)  # type: ignore[operator]
+            y = self.branch.inverse(x)
+            return self._pack(y, -self.branch.log_det(y))
+        return self._pack(self.branch(x), self.branch.log_det(x))
 
-    def _way(self, *, inverted: bool) -> Callable[..., Tensor]:
-        return self.branch.inverse if inverted else self.branch  # type: ignore[return-value]
+    def _pack(self, x: Tensor, log_det: Tensor) -> Tensor:
+        """Joins them, or their gradients, as if the log-determinant were one channel more."""
+        shape = list(x.shape)
+        shape[self.split_dim] = 1
+        log_det = log_det.to(x.dtype).expand(len(x))[:, None]
+        channel = nn.functional.pad(log_det, (0, math.prod(shape[1:]) - 1))
+        return torch.cat((x, channel.view(shape)), self.split_dim)
 
-    def inverse(self) -> InvertibleStep:
-        return InvertibleStep(
-            self.branch, len(self.reads), self.split_dim, inverted=not self.inverted
-        )
+    def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
+        # Behind the streams are log-determinants of other steps.
+        count, dim = len(self.inputs), self.split_dim
+        x = run(self._join(streams[:count]))
+        if self.measures:
+            x, channel = x.split((x.shape[dim] - 1, 1), dim)
+            streams.append(channel.flatten(1)[:, 0].clone())
+        streams[:count] = self._split(x, streams[:count])
 
-    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self._outputs(run(self._join(streams)), streams)
+    def undo(self, again: Again, streams: list[Tensor]) -> None:
+        streams[:] = self._split(again.repeat(self._join(streams), self._back), streams)
 
-    def undo(self, replay: Replay, streams: list[Tensor]) -> None:
-        back = self._way(inverted=not self.inverted)
-        x = replay.repeat(self._join(streams), back)
-        streams[:] = self._split(x, streams)
-
-    def backward(
-        self,
-        replay: Replay,
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: Sequence[Tensor],
-        needed: Sequence[bool],
-    ) -> Gradients:
+    def rebuild(
+        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
+    ) -> Differentiate:
         if kept is None:
-            with torch.no_grad():
-                self.undo(replay, streams)
+            self.undo(again, streams)
         else:
             streams[:] = kept
-        count = len(streams)
-        needs_x = any(needed[:count])
-        graph = replay.repeat_for_gradients(self._join(streams), needs_x=needs_x)
-        needed = (needs_x, *needed[count:])
-        grad_x, *grad_leaves = graph.differentiate(needed, self._grad(grads), self.branch)
-        if grad_x is None:
-            return (*[None] * count, *grad_leaves)
-        return (*self._split(grad_x, streams), *grad_leaves)
+        _, pull = again.record(self._join(streams))
+        return partial(self._differentiate, tuple(streams), pull)
 
-    def backward_traced(
-        self,
-        function: Callable[..., Tensor],
-        leaves: Sequence[Tensor],
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: list[Tensor],
-    ) -> Sequence[Tensor]:
-        if kept is None:
-            back = self._way(inverted=not self.inverted)
-            kept = self._split(back(self._join(streams)), streams)
-        streams[:] = kept
-        _, pullback, *_ = torch.func.vjp(function, self._join(streams), *leaves)
-        grad_x, *found = pullback(self._grad(grads))
-        grads[:] = self._split(grad_x, streams)
-        return tuple(found)
-
-    def _outputs(self, t: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if not self.measures:
-            return self._split(t, like)
-        x, log_det = _unpack(t, self.split_dim)
-        return (*self._split(x, like), log_det)
-
-    def _grad(self, grads: Sequence[Tensor]) -> Tensor:
-        if not self.measures:
-            return self._join(grads)
-        return _pack(self._join(grads[:-1]), grads[-1], self.split_dim)
+    def _differentiate(
+        self, like: Sequence[Tensor], pull: Pullback, grads: Gradients
+    ) -> Sequence[Tensor | None]:
+        count = len(like)
+        grad = self._join(grads[:count])
+        if self.measures:
+            grad = self._pack(grad, grads.pop())
+        grad_x, *found = pull(grad)
+        grads[:count] = [None] * count if grad_x is None else self._split(grad_x, like)
+        return found
 
     def _join(self, streams: Sequence[Tensor]) -> Tensor:
         return streams[0] if len(streams) == 1 else torch.cat(tuple(streams), self.split_dim)
@@ -140,17 +119,3 @@ class InvertibleStep(Step):
         parts = x.split([size * after // before for size in sizes], self.split_dim)
         # A part of a tensor has gaps, which a reconstructed stream has not.
         return tuple(part.contiguous() for part in parts)
-
-
-def _pack(x: Tensor, log_det: Tensor, dim: int) -> Tensor:
-    """Joins them as if the log-determinant were one channel more; so it does their gradients."""
-    shape = list(x.shape)
-    shape[dim] = 1
-    log_det = log_det.to(x.dtype).expand(len(x))[:, None]
-    channel = nn.functional.pad(log_det, (0, math.prod(shape[1:]) - 1))
-    return torch.cat((x, channel.view(shape)), dim)
-
-
-def _unpack(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    x, channel = t.split((t.shape[dim] - 1, 1), dim)
-    return x, channel.flatten(1)[:, 0].clone()
