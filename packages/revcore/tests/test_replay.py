@@ -416,3 +416,17 @@ def test_a_result_that_a_branch_leaves_in_an_attribute_is_named(device):
         branches = [nn.utils.spectral_norm(nn.Linear(4, 4)) for _ in range(2)]
         block = revcore.ReversibleBlock(*branches).to(device)
         block(x).sum().backward()  # its weight is such an attribute, of its own parameter
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_traced_branches(device):
+    example = torch.randn(6, 4, dtype=torch.float64, device=device)
+    branches = [torch.jit.trace(linear().to(example), example) for _ in range(2)]
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(*branches))
+
+    def step(chain):
+        chain.zero_grad()
+        loss_of(chain(torch.cat((example, example), 1))).backward()
+        return {name: p.grad.clone() for name, p in chain.named_parameters()}
+
+    assert_same(*both_modes(chain, step))
