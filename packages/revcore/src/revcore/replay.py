@@ -88,7 +88,7 @@ class Replay:
                 if len(set(modules)) < len(modules):
                     modules[:] = dict.fromkeys(modules)
             if module._parameters:
-                found = dict(module._parameters)  # of a ScriptModule too
+                found = dict(module._parameters.items())  # a ScriptModule has no copy()
                 self._tables.append((module._parameters, found))
                 tensors += found.values()
             if module._buffers:
