@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from revdata.errors import ArgumentError
 from revdata.image_set import ImageSet
@@ -94,6 +93,9 @@ class _Samples(Dataset[_Batch]):
     """Makes a batch of the samples with the given keys."""
 
     def __init__(self, dataset: ImageSet, augment: bool) -> None:
+        # Here, because torchvision takes a second to import, and the other loader needs none of it.
+        from torchvision.transforms import v2  # noqa: PLC0415
+
         self._images, self._labels = dataset.images, dataset.labels
         # Normalized before it is padded: the padding is zero, the mean color.
         self._normalize = v2.Compose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
@@ -117,6 +118,8 @@ def _check(
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} (={value!r}) must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} (={value}) must be finite")
     if least is not None and not value >= least:
         raise ValueError(f"{name} (={value}) must be at least {least}")
     if above is not None and not value > above:
@@ -160,10 +163,12 @@ def load_recipe(name: str) -> Recipe:
         (0.1, 80000, (0.5, 0.75))
     """
     if _is_toml(name):
-        text = Path(name).read_text(encoding="utf-8")
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"recipe {name!r}: there is no such file")
+        content = Path(name).read_bytes()
     elif name in list_recipes():
         file = resources.files("revtrain") / "recipes" / f"{name}.toml"
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
     else:
         known = list_recipes()
         raise ValueError(
@@ -171,13 +176,13 @@ def load_recipe(name: str) -> Recipe:
             "and any file whose name ends in .toml"
         )
     try:
-        return _parse(text)
+        return _parse(content)
     except ValueError as error:
         raise ValueError(f"recipe {name!r}: {error}") from error
 
 
-def _parse(text: str) -> Recipe:
-    values = tomllib.loads(text)
+def _parse(content: bytes) -> Recipe:
+    values = tomllib.loads(content.decode("utf-8"))
     for key in values:
         refuse_unknown_key(key)
     for field in fields(Recipe):
