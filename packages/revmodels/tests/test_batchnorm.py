@@ -242,11 +242,22 @@ def test_a_compiler_sees_operations_of_torch(device):
     assert torch.equal(y, plain(norm, x))
 
 
-def test_kernels_that_do_not_compile_are_not_used(device, monkeypatch):
+def zeros_instead(x, *_, **__):
+    return torch.zeros(x.shape[1]).to(x), torch.ones(x.shape[1]).to(x)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "reason"),
+    [
+        (lambda *_, **__: 1 / 0, "do not compile: division by zero"),
+        (zeros_instead, "they give other results"),
+    ],
+)
+def test_kernels_that_do_not_work_are_not_used(device, monkeypatch, statistics, reason):
     load_passes.cache_clear()
-    monkeypatch.setattr(passes, "statistics", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(passes, "statistics", statistics)
     norm, x = make_norm(16, device), batch(2, 16, 4, 4, device=device)
-    with pytest.warns(UserWarning, match=r"do not compile here: division by zero"):
+    with pytest.warns(UserWarning, match=reason):
         y = batch_norm_relu(norm, x)
     assert torch.equal(y, plain(norm, x))
     load_passes.cache_clear()
