@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 
 from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.replay import BATCH_NORMS
@@ -80,11 +81,6 @@ def run_compiled(
     branches: list[_Branch] = []
     leaves: list[Tensor] = []
     for step in steps:
-        if step.call is not step.branch:
-            raise RuntimeError(
-                f"the inverse of {type(step.branch).__name__} cannot be compiled in a chain; call "
-                "chain.inverse outside of torch.compile"
-            )
         named = dict(step.branch.named_parameters())
         branches.append(_Branch(step, list(named), _repeated_buffers(step.branch)))
         leaves += named.values()
@@ -204,9 +200,10 @@ class _Function:
         with (
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
+            _reparametrize_module(branch, state, tie_weights=True),
         ):
-            t: Tensor = torch.func.functional_call(branch, state, (x,), kwargs)
-        return t
+            # What torch.func.functional_call does, which can only call a module, no method of it.
+            return self.step.call(x, **kwargs)
 
 
 class _Traced(NamedTuple):

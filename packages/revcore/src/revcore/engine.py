@@ -22,7 +22,7 @@ from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
 from revcore.step import Step
-from revcore.streams import Streams, join, split
+from revcore.streams import Streams, join, split, with_log_det
 from revcore.tape import Tape
 from revcore.versions import version
 
@@ -34,9 +34,13 @@ class _Call:
         watch: Keeps the call on its grid.
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
+        measures: Whether the steps give their log-determinants.
+        log_dets: Those that they have given.
     """
 
-    def __init__(self, tape: Tape | None) -> None:
+    def __init__(self, tape: Tape | None, *, measures: bool = False) -> None:
+        self.measures = measures
+        self.log_dets: list[Tensor] = []
         self.watch = GridWatch()
         self.tape = tape
         self.tip: list[tuple[Tensor, int]] = []
@@ -84,13 +88,13 @@ class _StepsNode(torch.autograd.Function):
         try:
             for step, replay in plan.records:
                 if tape.drift is not None:
-                    tape.truth.append(tuple(stream.detach() for stream in streams))
+                    tape.truth.append(tuple(x.detach() for x in streams[: ctx.count]))
                 step.apply(replay.first_run, streams)
                 if step.grid is not None:
                     call.watch.note([streams[index] for index in step.writes])
         finally:
             _thread.call = call
-        return tuple([streams[index] for index in plan.changed])
+        return (*[streams[index] for index in plan.changed], *streams[ctx.count :])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,8 +107,9 @@ class _StepsNode(torch.autograd.Function):
         tape: Tape = ctx.tape
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         every: list[Tensor | None] = [None] * ctx.count
-        for index, grad in zip(ctx.changed, grads):  # noqa: B905 - as many
+        for index, grad in zip(ctx.changed, grads):  # noqa: B905 - log-determinants may follow
             every[index] = grad
+        every += grads[len(ctx.changed) :]
         found: list[Tensor | None] = []
         for index in reversed(ctx.steps):
             found += tape.differentiate(index, every, retain=retain)
@@ -151,6 +156,8 @@ def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> S
 def _run(
     call: _Call, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]
 ) -> Streams:
+    if call.measures:
+        steps = [step.measured() for step in steps]
     current = call.watch.enter(steps, streams)
     touched = sorted({index for step in steps for index in (*step.inputs, *step.writes)})
     if touched and touched[-1] >= len(current):
@@ -160,14 +167,14 @@ def _run(
     for index in touched:
         if not current[index].is_contiguous():
             current[index] = dense(current[index])
-    if _run_reversed(call, steps, current, touched, kwargs):
-        return tuple(current)
-    run = _run_stored if call.tape is None else _run_frozen
-    for step in steps:
-        step.apply(partial(run, step, kwargs), current)
-        if step.grid is not None:
-            call.watch.note([current[index] for index in step.writes])
-    return tuple(current)
+    if not _run_reversed(call, steps, current, touched, kwargs):
+        run = _run_stored if call.tape is None else _run_frozen
+        for step in steps:
+            step.apply(partial(run, step, kwargs), current)
+            if step.grid is not None:
+                call.watch.note([current[index] for index in step.writes])
+    call.log_dets += current[len(streams) :]
+    return tuple(current[: len(streams)])
 
 
 def _run_reversed(
@@ -201,8 +208,9 @@ def _run_reversed(
     changed = sorted({index for step in steps for index in step.writes})
     plan = _Plan(call, tape, list(streams), records, touched, changed)
     outputs = _StepsNode.apply(plan, *inputs)
-    for index, output in zip(changed, outputs):  # noqa: B905 - as many
+    for index, output in zip(changed, outputs):  # noqa: B905 - log-determinants may follow
         streams[index] = output
+    streams += outputs[len(changed) :]
     return True
 
 
@@ -235,9 +243,11 @@ class Container(Protocol):
         overlap: Whether to rebuild a step while the one after it is differentiated.
         split_dim: Dimension along which one tensor is split.
         streams: How many streams one tensor is split in.
+        log_det: Whether the log-determinant is returned, behind the output.
     """
 
     reversing: bool
+    log_det: bool
     overlap: bool
     split_dim: int
 
@@ -287,7 +297,7 @@ def _reverse_alone(
 ) -> Tensor | Streams:
     split_dim = container.split_dim
     tape = Tape() if container.reversing and _can_reverse() else None
-    call = _thread.call = _Call(tape)
+    call = _thread.call = _Call(tape, measures=container.log_det)
     try:
         call.expect(streams)
         outputs = body(*streams, **kwargs)
@@ -303,7 +313,7 @@ def _reverse_alone(
         tape.seal(y.detach().split(sizes, split_dim), overlap=container.overlap)
     elif tape is not None:
         tape.seal(outputs, overlap=container.overlap)
-    return y
+    return with_log_det(y, call.log_dets) if container.log_det else y
 
 
 def keep(streams: Streams) -> None:

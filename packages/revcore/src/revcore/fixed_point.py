@@ -64,6 +64,8 @@ class FixedPointCoupling(Coupling):
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
         return move(a, fitting(a, t), self.fraction_bits, -1)
 
+    log_det = None  # type: ignore[assignment]  # it keeps volumes
+
     # The gradients are known, so no graph has to be built for them.
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, grad

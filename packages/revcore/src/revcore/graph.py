@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -47,6 +48,7 @@ def differentiate(
         return [None] * (len(leaves) + 1)
     if nodes is None or _walked.get(branch) != (nodes, len(wanted)):
         refuse_foreign_leaves(t, wanted, branch)
+        _warn_of_side_results(branch)
         if nodes is not None:
             _walked[branch] = (nodes, len(wanted))
     if grad.dtype != t.dtype:
@@ -57,6 +59,22 @@ def differentiate(
         (t,), (grad,), False, False, tuple(wanted), True, False
     )
     return found if x is not None else (None, *found)
+
+
+def _warn_of_side_results(branch: nn.Module) -> None:
+    """Warns if a run has left tensors with gradients in attributes, as an auxiliary loss may be."""
+    for name, module in branch.named_modules():
+        for attribute, value in vars(module).items():
+            # A weight that is computed from a weight_orig or weight_g beside it is none.
+            own = any(key.startswith(f"{attribute}_") for key in module._parameters)
+            if isinstance(value, Tensor) and value.grad_fn is not None and not own:
+                where = f"{name}.{attribute}" if name else attribute
+                warnings.warn(
+                    f"branch {type(branch).__name__} leaves a result in its attribute {where!r}. A "
+                    "loss of it has no gradient: compute it from the chain's outputs, or store the "
+                    "activations, revcore.set_reversing(model, False).",
+                    stacklevel=2,
+                )
 
 
 def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module) -> None:

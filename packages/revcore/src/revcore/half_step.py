@@ -11,9 +11,11 @@ two small functions, `combine` and `uncombine`; inversion, gradients and memory 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,26 +54,40 @@ class Scheme(ABC):
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
         """Returns the old stream: `uncombine(combine(a, t), t) == a` up to rounding."""
 
+    def log_det(self, a: Tensor, t: Tensor) -> Tensor:
+        """Returns log |det J| of `combine(a, t)` in `a` for each sample.
+
+        A chain with `log_det=True` asks for it. A scheme that keeps volumes sets `log_det = None`.
+
+        Args:
+            a: The old stream, of shape (batch, ...).
+            t: The branch's output.
+
+        Returns:
+            A tensor of shape (batch,).
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no log-determinant; define log_det(a, t), or give the "
+            "chain log_det=False"
+        )
+
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of `combine(a, t)`; autograd's unless a scheme knows better."""
-        return _vjp(self.combine, a, t, grad)
+        return _vjp(self.combine, a, t, grad)  # type: ignore[return-value]
 
     def uncombine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of `uncombine(a, t)`; autograd's unless a scheme knows better."""
-        return _vjp(self.uncombine, a, t, grad)
+        return _vjp(self.uncombine, a, t, grad)  # type: ignore[return-value]
 
 
-def _vjp(
-    function: Callable[[Tensor, Tensor], Tensor], a: Tensor, t: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
+def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
-        grads: tuple[Tensor, Tensor] = torch.func.vjp(function, a, t)[1](grad)
+        grads: Sequence[Tensor] = torch.func.vjp(function, a, t)[1](grad)
         return grads
     with torch.enable_grad():
         a = a.detach().requires_grad_()
         t = t.requires_grad_()
-        grad_a, grad_t = torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
-    return grad_a, grad_t
+        return torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
 
 
 class HalfStep(Step):
@@ -93,6 +109,8 @@ class HalfStep(Step):
         >>> HalfStep(coupling, coupling.g, target=1, source=0)
         HalfStep(AdditiveCoupling, Tanh, target=1, source=0)
     """
+
+    measures = False
 
     def __init__(
         self, scheme: Scheme, branch: nn.Module, target: int, source: int, *, inverted: bool = False
@@ -123,8 +141,27 @@ class HalfStep(Step):
             self.scheme, self.branch, self.target, self.source, inverted=not self.inverted
         )
 
+    def measured(self) -> HalfStep:
+        log_det: Any = self.scheme.log_det
+        if log_det is None:
+            return self
+        step = copy.copy(self)
+        step.measures = True
+        return step
+
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
-        streams[self.target] = self._change(streams[self.target], run(streams[self.source]))
+        t = run(streams[self.source])
+        if self.measures:
+            streams[self.target], log_det = self._measure(streams[self.target], t)
+            streams.append(log_det)
+        else:
+            streams[self.target] = self._change(streams[self.target], t)
+
+    def _measure(self, a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        new = self._change(a, t)
+        if self.inverted:
+            return new, -self.scheme.log_det(new, t)
+        return new, self.scheme.log_det(a, t)
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
         streams[self.target] = self._back(streams[self.target], again.repeat(streams[self.source]))
@@ -144,7 +181,12 @@ class HalfStep(Step):
         self, a: Tensor, t: Tensor, pull: Pullback, grads: Gradients
     ) -> Sequence[Tensor | None]:
         target, source = self.target, self.source
-        grads[target], grad_t = self._vjp(a, t, grads[target])
+        if self.measures:
+            of_log_det, grad = grads.pop(), grads[target]
+            grad = torch.zeros_like(a) if grad is None else grad
+            grads[target], grad_t = _vjp(self._measure, a, t, (grad, of_log_det))
+        else:
+            grads[target], grad_t = self._vjp(a, t, grads[target])
         grad_b, *found = pull(grad_t)
         grads[source] = add(grads[source], grad_b)
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +28,8 @@ class InvertibleStep(Step):
         inverted: Whether this is the update (False) or the way back (True).
     """
 
+    measures = False
+
     def __init__(
         self, module: nn.Module, count: int, split_dim: int, *, inverted: bool = False
     ) -> None:
@@ -41,8 +45,38 @@ class InvertibleStep(Step):
             self.branch, len(self.inputs), self.split_dim, inverted=not self.inverted
         )
 
+    def measured(self) -> InvertibleStep:
+        if not callable(getattr(self.branch, "log_det", None)):
+            raise TypeError(
+                f"{type(self.branch).__name__} has no log-determinant; give it a method "
+                "log_det(x), which returns that of forward at x, or give the chain log_det=False"
+            )
+        step = copy.copy(self)
+        step.measures, step.call = True, step._measure
+        return step
+
+    def _measure(self, x: Tensor) -> Tensor:
+        if self.inverted:
+            y = self.branch.inverse(x)
+            return self._pack(y, -self.branch.log_det(y))
+        return self._pack(self.branch(x), self.branch.log_det(x))
+
+    def _pack(self, x: Tensor, log_det: Tensor) -> Tensor:
+        """Joins them, or their gradients, as if the log-determinant were one channel more."""
+        shape = list(x.shape)
+        shape[self.split_dim] = 1
+        log_det = log_det.to(x.dtype).expand(len(x))[:, None]
+        channel = nn.functional.pad(log_det, (0, math.prod(shape[1:]) - 1))
+        return torch.cat((x, channel.view(shape)), self.split_dim)
+
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
-        streams[:] = self._split(run(self._join(streams)), streams)
+        # Behind the streams are log-determinants of other steps.
+        count, dim = len(self.inputs), self.split_dim
+        x = run(self._join(streams[:count]))
+        if self.measures:
+            x, channel = x.split((x.shape[dim] - 1, 1), dim)
+            streams.append(channel.flatten(1)[:, 0].clone())
+        streams[:count] = self._split(x, streams[:count])
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
         streams[:] = self._split(again.repeat(self._join(streams), self._back), streams)
@@ -60,8 +94,12 @@ class InvertibleStep(Step):
     def _differentiate(
         self, like: Sequence[Tensor], pull: Pullback, grads: Gradients
     ) -> Sequence[Tensor | None]:
-        grad_x, *found = pull(self._join(grads))
-        grads[:] = [None] * len(grads) if grad_x is None else self._split(grad_x, like)
+        count = len(like)
+        grad = self._join(grads[:count])
+        if self.measures:
+            grad = self._pack(grad, grads.pop())
+        grad_x, *found = pull(grad)
+        grads[:count] = [None] * count if grad_x is None else self._split(grad_x, like)
         return found
 
     def _join(self, streams: Sequence[Tensor]) -> Tensor:
@@ -69,7 +107,7 @@ class InvertibleStep(Step):
 
     def _split(self, x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(like) == 1:
-            return (x,)
+            return (x.contiguous(),)
         sizes = [stream.shape[self.split_dim] for stream in like]
         before, after = sum(sizes), x.shape[self.split_dim]
         if any(size * after % before for size in sizes):

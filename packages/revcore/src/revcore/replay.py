@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.parameter import is_lazy
 
 from revcore.autocast import autocast_as, autocast_now, no_autocast_cache
 from revcore.graph import differentiate
@@ -86,7 +88,7 @@ class Replay:
                 if len(set(modules)) < len(modules):
                     modules[:] = dict.fromkeys(modules)
             if module._parameters:
-                found = module._parameters.copy()
+                found = dict(module._parameters.items())  # a ScriptModule has no copy()
                 self._tables.append((module._parameters, found))
                 tensors += found.values()
             if module._buffers:
@@ -112,8 +114,13 @@ class Replay:
 
         Raises:
             TypeError: If the branch returns anything but a tensor.
-            RuntimeError: If the branch changes its input in place.
+            RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
+        if any(map(is_lazy, self._tensors)):
+            raise RuntimeError(
+                f"branch {type(self._step.branch).__name__} has lazy parameters that have no shape "
+                "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
+            )
         self._stride = x.stride()
         self._device = x.device.type
         self._autocast = autocast_now(self._device)
@@ -187,7 +194,9 @@ class Replay:
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
         with torch.enable_grad():
             first = torch._C._autograd._get_sequence_nr()
-            t = self._repeat(self._step.call, x, self._kwargs, aliases)
+            # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.
+            seen = x.view_as(x) if _global_forward_pre_hooks else x
+            t = self._repeat(self._step.call, seen, self._kwargs, aliases)
             nodes = torch._C._autograd._get_sequence_nr() - first
         # Arguments may hold other tensors at each call.
         known = None if self._kwargs else nodes

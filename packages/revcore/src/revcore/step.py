@@ -78,6 +78,17 @@ class Step(ABC):
             the step to before it, and returns those of the branch's leaves. None stands for zeros.
         """
 
+    def measured(self) -> Step:
+        """Creates the same step, which gives its log-determinant too, for a chain that asks for it.
+
+        `apply` then appends log |det J| of the step for each sample, of shape (batch,), to the
+        streams, and what `rebuild` returns takes its gradient from the end of the gradients.
+
+        Raises:
+            TypeError: If the step has none.
+        """
+        raise TypeError(f"{self!r} has no log-determinant; give the chain log_det=False")
+
     @abstractmethod
     def inverse(self) -> Step:
         """Creates the step that undoes this one."""
