@@ -113,7 +113,10 @@ class Network(nn.Module, ABC):
             Logits, shape `(N, num_classes)`.
         """
         x = self.stages(self.stem(x))
-        x = batch_norm_relu(self.norm, x, cast=False)
+        return self.classify(batch_norm_relu(self.norm, x, cast=False))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Maps the last activations `(N, C, H, W)` to logits."""
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
 
