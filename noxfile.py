@@ -7,6 +7,7 @@ sources. torch takes 5 GB on Linux and is installed once (session ``torch``). Ev
 environment is made anew, holds what its package declares, and sees that torch through a .pth file.
 """
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -124,7 +125,8 @@ def tests_revtrain(session: nox.Session) -> None:
     """Test the wheel of revtrain, the Python blocks of every document, and the benchmarks."""
     install(session, "revtrain", *TEST_TOOLS, "tensorboard")  # one tracker, to test --log-with
     run_tests(session, "revtrain")
-    session.run("python", "-m", "pytest", "tests/test_documents.py", "tests/test_benchmarks.py")
+    files = ("documents", "pages", "benchmarks")
+    session.run("python", "-m", "pytest", *(f"tests/test_{file}.py" for file in files))
 
 
 @nox.session
@@ -157,11 +159,30 @@ def imports(session: nox.Session) -> None:
         session.error("revcore depends on torch alone")
 
 
+def build_site(session: nox.Session) -> None:
+    """Build the documents into site/; their sources are read, not imported."""
+    session.install(
+        *("mkdocs-material>=9.8.1,<10", "mkdocstrings[python]>=1.0,<2", "ruff==0.17.*"),
+        "pytest>=8.3",
+    )
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documents into site/."""
-    session.install("mkdocs-material>=9.8.1,<10", "mkdocstrings[python]>=1.0,<2", "ruff==0.17.*")
-    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    """Build the documents into site/, and test what was built."""
+    build_site(session)
+    session.run("python", "-m", "pytest", "tests/test_site.py", *session.posargs)
+
+
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Look at the documents in a real browser; leaves pictures in screenshots/."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.error("no Chromium on this machine: apt-get install chromium (Debian), or Chrome")
+    build_site(session)
+    session.install("playwright>=1.50")  # drives the Chromium that is there, downloads none
+    session.run("python", "-m", "pytest", "tests/test_browser.py", *session.posargs)
 
 
 @nox.session(requires=["build", "torch"], default=False)
@@ -203,10 +224,12 @@ def memcnn(session: nox.Session) -> None:
     # What it declares would bring another torch, and packages that its nets do not need.
     session.install("--no-deps", "memcnn")
     session.run("python", "-m", "pytest", "tests/memcnn")
-    suite = ("python", "-m", "pytest", "-p", "shim", "--pyargs", "memcnn.models.tests")
+    suite = ("python", "-m", "pytest", "-p", "shim", "--pyargs")
+    parts = ("config", "data", "experiment", "models", "trainers", "utils")
     paths = {"PYTHONPATH": str(ROOT / "tests" / "memcnn")}
-    session.run(*suite, env=paths)
-    session.run(*suite, "--left-alone", env=paths)
+    tests = [f"memcnn.{part}.tests" for part in parts]
+    session.run(*suite, *tests, "tests/memcnn/test_trainer.py", env=paths)
+    session.run(*suite, "memcnn.models.tests", "--left-alone", env=paths)
 
 
 @nox.session(requires=["build", "torch"])

@@ -41,6 +41,7 @@ from runs import assert_same_run, checkpoints  # noqa: E402
 from test_checkpoints import DAMAGES  # noqa: E402
 
 import revtrain.cli  # noqa: E402
+import revtrain.commands  # noqa: E402 - here, or each life would import it
 from revtrain.checkpoints import Checkpoints  # noqa: E402
 from revtrain.config import TrainConfig  # noqa: E402
 from revtrain.files import write_json  # noqa: E402
@@ -52,7 +53,7 @@ from revtrain.trainer import Trainer  # noqa: E402
 
 OPTIONS: dict[str, Any] = {
     "data": "digits",
-    "blocks": (1, 1, 1),
+    "blocks": (2, 2, 2),
     "channels": (4, 8, 8, 8),
     "epochs": 3,
     "batch_size": 200,
@@ -281,7 +282,8 @@ def try_damages(folder: Path, whole: Path, log: Path) -> list[dict[str, str]]:
         out = folder / "damaged"
         shutil.rmtree(out, ignore_errors=True)
         life = Life(out, 1, log)
-        life.wait(lambda out=out: len(checkpoints(out)) == 2)
+        # Before the damaged one there must be one that is not of the untrained net.
+        life.wait(lambda out=out: any(path.name == "step-00000006" for path in checkpoints(out)))
         life.send(life.pids[0], signal.SIGKILL)
         life.wait()
         newest = checkpoints(out)[-1]

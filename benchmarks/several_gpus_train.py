@@ -20,6 +20,7 @@ from torch import Tensor
 from revtrain.config import TrainConfig
 from revtrain.files import write_json
 from revtrain.meter import Meter
+from revtrain.net import unwrap
 from revtrain.step import TrainStep
 from revtrain.trainer import Trainer
 
@@ -65,7 +66,7 @@ def main() -> None:
     result = trainer.run()
     # Slices are of equal size, so the mean over ranks is that of the batch.
     losses = accelerator.reduce(torch.stack(step.losses), reduction="mean").tolist()
-    weights = gather_object([digest(accelerator.unwrap_model(trainer.model).state_dict())])
+    weights = gather_object([digest(unwrap(trainer.model, accelerator).state_dict())])
     if accelerator.is_main_process:
         keys = ("epoch", "train_loss", "test_loss", "test_accuracy", "images_per_second")
         write_json(

@@ -77,7 +77,7 @@ def test_a_graph_computes_what_python_does(
     def step(x: Tensor) -> list[Tensor]:
         y = chain(x)
         loss = (y * y).mean()
-        return [loss, *torch.autograd.grad(loss, [x, *parameters])]
+        return [loss.detach(), *torch.autograd.grad(loss, [x, *parameters])]
 
     batches = [torch.randn(64, 2 * CHANNELS, 32, 32, device=device) for _ in range(4)]
     given = batches[0].clone().requires_grad_()

@@ -194,3 +194,12 @@ def test_repr_of_a_chain_says_what_it_stores():
     chain = ReversibleSequential(*(ReversibleBlock(linear(), keep_input=i == 1) for i in range(3)))
     assert "reversing=True, blocks=3, stores='output and 1 kept inputs'" in repr(chain)
     assert "stores='all activations'" in repr(revcore.set_reversing(chain, False))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_module_that_holds_a_result_of_autograd():
+    """As those of the older weight_norm do, which `copy.deepcopy` alone refuses."""
+    chain = ReversibleSequential(ReversibleBlock(*(nn.utils.weight_norm(linear()) for _ in "fg")))
+    before = chain[0].coupling.f.weight
+    assert check_invertible(chain, torch.randn(3, 8))
+    assert chain[0].coupling.f.weight is before

@@ -32,6 +32,8 @@ import revdata
         (["train", "--save-every", "0"], "save_every (=0) must be at least 1"),
         (["train", "--drift-every", "0"], "drift_every (=0) must be at least 1"),
         (["train", "--drift-bound", "0.1"], "drift_bound (=0.1) needs a measurement"),
+        (["train", "--drift-every", "1", "--drift-bound", "inf"], "drift_bound (=inf) must be at"),
+        (["train", "--recipe", "no.toml"], "recipe 'no.toml': there is no such file"),
         (["train", "--drift-every", "1", "--drift-bound", "-1"], "drift_bound (=-1.0) must be at"),
         (["train", "--num-classes", "5"], "num_classes (=5) is less than the 10 classes of digits"),
         (["train", "--num-classes", "0"], "num_classes (=0) must be at least 1"),

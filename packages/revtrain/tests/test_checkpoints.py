@@ -150,7 +150,7 @@ def small_disk(tmp_path):
         command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    if not mount("size=160k"):
+    if not mount("size=240k"):
         pytest.skip("mounting a file system needs root")
     yield folder, lambda size: mount("remount", f"size={size}")
     subprocess.run(["umount", folder], check=True)
@@ -161,17 +161,40 @@ def test_a_full_disk(command, train, tmp_path, small_disk):
     words = ["train", *as_flags(TINY), "--out", folder / "run"]
     status, _, err = command(*words)
     assert status == 1
-    # One checkpoint of some 110 kB fits, not a second one, and no picture.
+    # Those of the untrained net and of one epoch fit, some 70 and 110 kB, and no third one.
     assert "cannot save" in err
     assert "the checkpoint before it is as it was" in err
     assert "No space left on device" in err
     assert err.splitlines()[-1].endswith("make room, then go on by the same command with --resume")
-    (left,) = checkpoints(folder / "run")
-    assert left.name == "step-00000007"
-    check_manifest(left)
+    left = checkpoints(folder / "run")
+    assert [path.name for path in left] == ["step-00000000", "step-00000007"]
+    for path in left:
+        check_manifest(path)
     assert not list(folder.rglob("*.partial"))
     assert resize("10M")
     status, _, err = command(*words, "--resume")
     assert status == 0, err
     train(out="whole")
     assert_same_run(folder / "run", tmp_path / "whole")
+
+
+def test_a_disk_that_was_full_before(command, small_disk):
+    """Nothing is lost yet, so the run does not begin."""
+    folder, resize = small_disk
+    assert resize("30k")
+    words = ["train", *as_flags(TINY), "--out", folder / "run"]
+    status, out, err = command(*words)
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "cannot save" in err
+    assert "step-00000000" in err
+    assert "make room" in err
+
+
+def test_a_folder_that_cannot_be_written(command, small_disk):
+    folder, _ = small_disk
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    for out in (folder, folder / "deep" / "run"):
+        status, _, err = command("train", *as_flags(TINY), "--out", out)
+        assert status == 2
+        assert err == f"error: {folder} cannot be written to: choose another run folder by --out\n"

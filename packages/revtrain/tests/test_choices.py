@@ -89,6 +89,7 @@ def test_every_key_of_a_recipe_is_a_flag(command, monkeypatch, field):
         "decay": "all",
         "label_smoothing": 0.2,
         "augment": True,
+        "cutout": 7,
     }
     value = values[field.name]
     seen = []
@@ -97,7 +98,7 @@ def test_every_key_of_a_recipe_is_a_flag(command, monkeypatch, field):
         seen.append(config)
         raise ValueError("seen")
 
-    monkeypatch.setattr("revtrain.cli.Trainer", stop)
+    monkeypatch.setattr("revtrain.commands.Trainer", stop)
     command("train", "--recipe", "digits", *as_flags({field.name: value}))
     recipe, own = seen[0].resolved_recipe, revtrain.load_recipe("digits")
     assert getattr(recipe, field.name) == value != getattr(own, field.name)

@@ -36,40 +36,6 @@ def test_the_main_job_then_evaluate(tmp_path):
     assert f"digits test accuracy {accuracy} (355 images" in evaluated.stdout
 
 
-def test_accelerate_launch(tmp_path):
-    out = tmp_path / "run"
-    done = launch(
-        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1),
-        *("--mixed_precision", "bf16", "-m", "revtrain", "train"),
-        *(*as_flags({**TINY, "epochs": 1}), "--out", out),
-    )
-    assert done.returncode == 0, done.stderr
-    config = json.loads((out / "config.json").read_text())
-    assert config["hardware"]["mixed_precision"] == "bf16"
-
-
-def test_a_config_file_of_accelerate(tmp_path):
-    """As `accelerate config` writes it, after its questions for one process on the CPU."""
-    file, out = tmp_path / "accelerate.yaml", tmp_path / "run"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndebug: false\ndistributed_type: 'NO'\n"
-        "downcast_bf16: 'no'\nenable_cpu_affinity: false\nmachine_rank: 0\n"
-        "main_training_function: main\nmixed_precision: bf16\nnum_machines: 1\nnum_processes: 1\n"
-        "rdzv_backend: static\nsame_network: true\ntpu_env: []\ntpu_use_cluster: false\n"
-        "tpu_use_sudo: false\nuse_cpu: true\n"
-    )
-    words = [word for word in as_flags({**TINY, "epochs": 1}) if word != "--cpu"]
-    done = launch(
-        *("-m", "accelerate.commands.launch", "--config_file", file),
-        *("-m", "revtrain", "train", *words, "--out", out),
-        ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2",
-    )
-    assert done.returncode == 0, done.stderr
-    hardware = json.loads((out / "config.json").read_text())["hardware"]
-    assert hardware["device"] == "cpu"
-    assert (hardware["mixed_precision"], hardware["accumulate"]) == ("bf16", 2)
-
-
 def test_the_command_does_what_python_does(command, train, tmp_path):
     status, _, _ = command("train", *as_flags(TINY), "--out", tmp_path / "command")
     assert status == 0
@@ -108,3 +74,39 @@ def test_version(command):
     status, out, _ = command("--version")
     assert status == 0
     assert out.strip()
+
+
+def test_help_waits_for_no_torch():
+    code = (
+        "import sys, revtrain.cli; sys.exit('torch' in sys.modules or 'accelerate' in sys.modules)"
+    )
+    assert launch("-c", code).returncode == 0
+
+
+def test_training_and_evaluating_wait_for_no_torchvision():
+    code = "import sys, revtrain.commands; sys.exit('torchvision' in sys.modules)"
+    assert launch("-c", code).returncode == 0
+
+
+def test_the_package_has_the_names_that_it_lists():
+    for name in revtrain.__all__:
+        assert getattr(revtrain, name).__module__.startswith("revtrain.")
+    assert set(revtrain.__all__) <= set(dir(revtrain))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = revtrain.trian
+
+
+@pytest.mark.parametrize(("command_name", "hint"), [("train", True), ("list", False)])
+def test_ctrl_c_outside_of_the_loop(command, monkeypatch, command_name, hint):
+    """While it imports, reads data or writes results: no traceback, and the shell's status."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("revtrain.commands.Trainer", interrupt)
+    monkeypatch.setattr("revtrain.listing.print_lists", interrupt)
+    status, out, err = command(command_name)
+    assert (status, out) == (130, "")
+    assert err.startswith("interrupted")
+    assert ("--resume" in err) is hint
+    assert err.count("\n") == 1

@@ -65,14 +65,18 @@ def test_past_the_bound_the_run_stops_and_goes_on_from_before(command, train, tm
     for word in ("drift_bound (=1e-12)", "float32", "keep_input", "FixedPointCoupling"):
         assert word in line
     assert "Traceback" not in err
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002"]
+    assert "The last checkpoint is of an earlier step" in line
+    saved = [path.name for path in checkpoints(tmp_path / "run")]
+    assert saved == ["step-00000000", "step-00000002"]
     train(resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "plain")
 
 
-def test_the_error_has_what_it_says(train):
+def test_the_error_has_what_it_says_and_a_checkpoint_behind_it(train, tmp_path):
     with pytest.raises(revtrain.DriftError) as caught:
         train(**PAST)
+    # Before the first save of its time: that of the untrained net.
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000000"]
     error = caught.value
     assert error.step == 3
     assert f"{error.name!r} are off by {error.error:.2g}" in str(error)
@@ -174,6 +178,7 @@ import torch
 from torch import nn
 from test_step import Run
 from revtrain.drift import DriftError, DriftWatch
+from revtrain.net import unwrap
 
 class Shifts(nn.Module):
     shift = 0.1 if os.environ["RANK"] == "1" else 0.0
@@ -185,7 +190,7 @@ class Shifts(nn.Module):
         return y + self.shift
 
 run = Run("cpu", change=lambda net: net.stages[1].chain.append(Shifts()))
-net = run.accelerator.unwrap_model(run.net)
+net = unwrap(run.net, run.accelerator)
 try:
     with DriftWatch(net, run.step, run.accelerator, every=1, bound=1e-3).around(1):
         run.take(*run.batch())

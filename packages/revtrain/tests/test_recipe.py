@@ -63,6 +63,7 @@ def test_fast_decays_weights_only():
         ({"batch_size": 1.5}, r"batch_size \(=1.5\) must be a whole number"),
         ({"lr": 0}, r"lr \(=0\) must be greater than 0"),
         ({"lr": float("nan")}, r"lr \(=nan\)"),
+        ({"lr": float("inf")}, r"lr \(=inf\) must be finite"),
         ({"lr": "high"}, r"lr \(='high'\) must be a number"),
         ({"schedule": "cosine"}, r"schedule \(='cosine'\) must be one of steps, one-cycle"),
         ({"epochs": 0}, r"epochs \(=0\)"),
@@ -90,11 +91,12 @@ def test_impossible_values_are_refused(change, message):
         ("batch_size = 1\nlr = 1\nschedule = 'steps'\nepoch = 1", "did you mean 'epochs'"),
         ("lr = 1\nschedule = 'steps'\nepochs = 1", "'batch_size' is missing"),
         ("lr = = 1", "mine.toml"),
+        (b"lr = 1 # \xff".decode("latin-1"), "mine.toml': 'utf-8' codec"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, text, message):
     file = tmp_path / "mine.toml"
-    file.write_text(text)
+    file.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         load_recipe(str(file))
 

@@ -10,6 +10,7 @@ from tiny import TINY
 
 import revmodels
 import revtrain
+from revtrain.plots import plot_curve
 
 
 def curve(result):
@@ -66,6 +67,16 @@ def test_the_run_folder_tells_all(train):
     assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) == stat.S_IMODE(
         (folder / "config.json").stat().st_mode
     )
+
+
+def test_the_same_curve_is_the_same_file(tmp_path):
+    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    records = [{"epoch": epoch, **dict.fromkeys(names, 1 / epoch)} for epoch in (1, 2)]
+    for name in ("one", "other"):
+        plot_curve(records, "test", [tmp_path / f"{name}.svg", tmp_path / f"{name}.png"])
+    for kind in ("svg", "png"):
+        one, other = (tmp_path / f"{name}.{kind}" for name in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_weights_load_without_revtrain(train):

@@ -105,7 +105,7 @@ def check_invertible(
         (True, ['0', '1', 'ReversibleSequential'])
     """
     calls: list[Call] = []
-    runner = copy.deepcopy(module)
+    runner = duplicate(module)
     for name, block in runner.named_modules():
         if callable(getattr(block, "inverse", None)):
             block.register_forward_hook(partial(_note, calls, name), with_kwargs=True)
@@ -139,7 +139,7 @@ def _check(
 def _find_problem(
     block: Any, x: Streams, kwargs: dict[str, Any], limit: float, errors: dict[str, float]
 ) -> str | None:
-    one, two = copy.deepcopy(block), copy.deepcopy(block)
+    one, two = duplicate(block), duplicate(block)
     with _fork(x):
         y, other = (several(one(*x, **kwargs)) for _ in range(2))
     with _fork(x):
@@ -175,7 +175,7 @@ def _find_problem(
 def _gradients(
     block: nn.Module, x: Streams, kwargs: dict[str, Any], *, reversing: bool
 ) -> list[Tensor | None]:
-    chain = ReversibleSequential(copy.deepcopy(block), split_dim=getattr(block, "split_dim", -1))
+    chain = ReversibleSequential(duplicate(block), split_dim=getattr(block, "split_dim", -1))
     set_reversing(chain, reversing)
     with torch.enable_grad(), _fork(x):
         leaves = [stream.detach().requires_grad_() for stream in x]
@@ -183,6 +183,16 @@ def _gradients(
         seeds = [torch.linspace(0.5, 1.5, t.numel()).view_as(t).to(t) for t in y]
         wanted = leaves + [p for p in chain.parameters() if p.requires_grad]
         return list(torch.autograd.grad(y, wanted, seeds, allow_unused=True))
+
+
+def duplicate(module: nn.Module) -> Any:
+    """Returns a deep copy, also of modules that hold a result of autograd.
+
+    Those of `torch.nn.utils.weight_norm` do, and compute it anew in each call.
+    """
+    held = (value for part in module.modules() for value in vars(part).values())
+    results = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(module, {id(value): value.detach() for value in results})
 
 
 def _fork(x: Streams) -> AbstractContextManager[None]:

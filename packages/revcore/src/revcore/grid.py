@@ -8,6 +8,7 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,46 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
     old = x.detach()
     # The difference is exact (Sterbenz' lemma), and so is the sum, which is the rounded value.
     return x + (torch.round(old * 2.0**bits) / 2.0**bits - old)
+
+
+def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
+    """Computes `a + sign * to_grid(t, bits)` for `a` on the grid, in few passes over memory.
+
+    The gradient is that of `a + sign * t`.
+    """
+    if torch.is_grad_enabled():
+        moved: Tensor = _Move.apply(a, t, bits, sign)
+        return moved
+    return _move(a, t, bits, sign)
+
+
+def _move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
+    # A bfloat16 has the range of a float32, and whatever it is, the next integer is one, too.
+    t = t if t.dtype == torch.bfloat16 else t.to(a.dtype)
+    return torch.add(a, torch.mul(t, 2.0**bits).round_(), alpha=sign * 2.0**-bits)
+
+
+class _Move(torch.autograd.Function):
+    """`move`, whose gradient passes through the rounding."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
+        return _move(a, t, bits, sign)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, _output: Tensor) -> None:
+        ctx.sign, ctx.dtype = inputs[3], inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], (ctx.sign * grads[0]).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        moved: Tensor = tangents[0] + ctx.sign * tangents[1]
+        return moved
 
 
 class GridWatch:

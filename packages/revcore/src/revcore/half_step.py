@@ -22,7 +22,25 @@ from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add
 
 
 class Scheme(ABC):
-    """How a branch's output changes a stream, and how that is undone."""
+    """How a branch's output changes a stream, and how that is undone.
+
+    A subclass defines `combine` and `uncombine`. A `HalfStep` applies it to two streams and a
+    branch; a `Coupling`, which is a module, lists such half-steps.
+
+    Attributes:
+        grid: Number of fractional bits of all values of the streams; None for any values.
+
+    Example:
+        >>> class Momentum(Scheme):
+        ...     def combine(self, a, t):
+        ...         return 0.5 * a + 0.5 * t
+        ...
+        ...     def uncombine(self, a, t):
+        ...         return (a - 0.5 * t) / 0.5
+        >>> a, t = torch.tensor(3.0), torch.tensor(-2.0)
+        >>> Momentum().uncombine(Momentum().combine(a, t), t)
+        tensor(3.)
+    """
 
     grid: int | None = None
 

@@ -20,7 +20,7 @@ import torch
 from torch import Size, Tensor, nn
 
 import revcore
-from revcore.check import several
+from revcore.check import duplicate, several
 from revcore.streams import Streams
 
 __all__ = [
@@ -340,7 +340,7 @@ def is_invertible_module(
             f"test_input_shape (={test_input_shape!r}) must be a shape, or shapes, of integers"
         ) from None
     random = torch.Generator().manual_seed(random_seed)
-    fn = copy.deepcopy(fn)
+    fn = duplicate(fn)
     device = next(fn.parameters(), torch.empty(0)).device
     draw = partial(torch.rand, dtype=test_input_dtype, generator=random)
     with torch.no_grad():

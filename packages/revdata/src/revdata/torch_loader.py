@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from revdata.errors import ArgumentError
 from revdata.image_set import ImageSet
@@ -69,8 +68,13 @@ class TorchLoader(Loader):
         order = self._order("cpu")
         seeds = hash_integers(self.seed, TRANSFORM, self.epoch, index=order)
         keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
-        self._keys.batches = [keys[part] for part in self._slices()]
-        for images, labels in self._batches:
+        parts = list(self._slices())
+        self._keys.batches = [keys[part] for part in parts]
+        squares = self._squares(order) if self.cutout else None
+        for part, (images, labels) in zip(parts, self._batches, strict=True):
+            if squares is not None:
+                rows, columns = (square[part] for square in squares)
+                images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
             x = images.to(self.device, non_blocking=True).to(self.dtype)
             y = labels.to(self.device, non_blocking=True)
             yield x.contiguous(memory_format=self.memory_format), y
@@ -94,6 +98,9 @@ class _Samples(Dataset[_Batch]):
     """Makes a batch of the samples with the given keys."""
 
     def __init__(self, dataset: ImageSet, augment: bool) -> None:
+        # Here, because torchvision takes a second to import, and the other loader needs none of it.
+        from torchvision.transforms import v2  # noqa: PLC0415
+
         self._images, self._labels = dataset.images, dataset.labels
         # Normalized before it is padded: the padding is zero, the mean color.
         self._normalize = v2.Compose(

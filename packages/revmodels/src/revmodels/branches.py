@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from revcore import no_randomness
 from revmodels.batchnorm import batch_norm_relu
 
 BlockKind = Literal["basic", "bottleneck"]
@@ -25,6 +26,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
     )
 
 
+@no_randomness
 class NormReLU(nn.Module):
     """Creates a ReLU behind a BatchNorm that is there already, both in full precision."""
 
@@ -37,6 +39,7 @@ class NormReLU(nn.Module):
         return batch_norm_relu(self.norm, x, cast=False)
 
 
+@no_randomness
 class ConvNorm(nn.Sequential):
     """Creates a convolution and a BatchNorm, and with `activate` a ReLU."""
 
@@ -50,6 +53,7 @@ class ConvNorm(nn.Sequential):
         return batch_norm_relu(norm, convolution(x), relu=self.activate)
 
 
+@no_randomness
 class Branch(nn.Module):
     r"""Creates a pre-activation residual branch, (BatchNorm, ReLU, convolution) repeated.
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from revcore import no_randomness
 from revmodels.batchnorm import batch_norm_relu
 from revmodels.branches import BlockKind, ConvNorm, batch_norm, conv, expansion, make_branch
 
 
+@no_randomness
 class ResidualBlock(nn.Module):
     """Creates an ordinary residual block, `shortcut(x) + branch(x)`.
 

@@ -27,6 +27,7 @@ from torch import nn
 
 from revtrain.files import read_json, sync, write_json
 from revtrain.manifest import DamagedError, check_manifest, write_manifest
+from revtrain.net import unwrap
 
 # The newest may turn out to be damaged by the disk, long after it was written.
 _KEPT = 2
@@ -124,16 +125,15 @@ class Checkpoints:
             raise CheckpointError(error)
         return None if path is None else Path(path)
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """Restores weights, optimizer, schedule, gradient scale and random states.
-
-        Returns:
-            The progress that was saved.
-        """
-        self._accelerator.load_state(str(path))
-        self._restore_random_states(path)
+    def progress(self, path: Path) -> dict[str, Any]:
+        """Returns the progress that was saved."""
         progress: dict[str, Any] = read_json(path / _PROGRESS)
         return progress
+
+    def load(self, path: Path) -> None:
+        """Restores weights, optimizer, schedule, gradient scale and random states."""
+        self._accelerator.load_state(str(path))
+        self._restore_random_states(path)
 
     def _find_newest(self) -> tuple[str | None, str | None]:
         paths = sorted(self.path.glob(f"{_PREFIX}*"), reverse=True)
@@ -170,13 +170,13 @@ class Checkpoints:
     ) -> None:
         """Names the weights as the network does, not as its wrapper for several processes."""
         for i in range(len(weights)):  # none where sharded weights have been written already
-            state = self._accelerator.unwrap_model(models[i]).state_dict()
+            state = unwrap(models[i], self._accelerator).state_dict()
             weights[i] = OrderedDict((name, value.contiguous()) for name, value in state.items())
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         for model in models:
             state = load_tensors(Path(folder) / _WEIGHTS)
-            self._accelerator.unwrap_model(model).load_state_dict(state)
+            unwrap(model, self._accelerator).load_state_dict(state)
         models.clear()
 
     def _restore_random_states(self, path: Path) -> None:

@@ -1,32 +1,20 @@
-"""The command line: `python -m revtrain`, `accelerate launch -m revtrain`."""
+"""The command line: `python -m revtrain`, `accelerate launch -m revtrain`.
+
+Nothing here imports torch: help, and what is wrong with a flag, should not wait for it.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
-import torch
 from cyclopts import App, CycloptsError, Parameter
 
-from revdata import DataError
-from revtrain.batch_size import find_batch_size
-from revtrain.checkpoints import CheckpointError
 from revtrain.config import TrainConfig
-from revtrain.drift import DriftError
-from revtrain.evaluation import evaluate
-from revtrain.launch import LaunchError
-from revtrain.listing import print_lists
-from revtrain.nonfinite import NonFiniteLossError
-from revtrain.plan import dry_run as make_plan
-from revtrain.plan import print_plan
+from revtrain.ending import end_with
 from revtrain.recipe_flags import RecipeFlags, given
-from revtrain.report import print_result
-from revtrain.signals import Interrupted
-from revtrain.trainer import Trainer
 
 app = App(
     name="revtrain",
@@ -34,22 +22,6 @@ app = App(
     default_parameter=Parameter(negative=()),
     version_flags=["--version"],
 )
-
-# What bad input raises: wrong values, missing or existing files. Only where input is checked is it
-# caught; the same error from the training loop is a defect and keeps its traceback.
-_BAD_INPUT = (ValueError, OSError, LaunchError, DataError, CheckpointError)
-
-# A full disk or quota, or a file too large, is no defect; the files written so far are whole.
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# How an option that an error of revdata names to its Python callers is spelled here.
-_FLAGS = {
-    "set REVDATA_DIR (or root)": "set REVDATA_DIR (or --data-dir)",
-    "download=True": "--download",
-    "verify=False": "--no-verify",
-    "name a mirror": "name a mirror (--mirror)",
-    "name another mirror": "name another mirror (--mirror)",
-}
 
 _Config = Annotated[TrainConfig | None, Parameter(name="*")]
 _Flags = Annotated[RecipeFlags | None, Parameter(name="*", group="Recipe")]
@@ -76,26 +48,13 @@ def train_command(config: _Config = None, flags: _Flags = None, *, dry_run: bool
         dry_run: Check everything, measure one step, print parameters, memory and steps, and write
             nothing.
     """
-    try:
-        chosen = _chosen(config, flags)
-        if dry_run:
-            plan = make_plan(chosen)
-            if _is_first():
-                print_plan(plan)
-            return
-        trainer = Trainer(chosen)
-    except _BAD_INPUT as error:
-        _stop(error, 2)
-    try:
-        result = trainer.run()
-    except (NonFiniteLossError, DriftError) as error:
-        _stop(error, 1)
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        _stop(OSError(f"{error}: make room, then go on by the same command with --resume"), 1)
-    if trainer.accelerator.is_main_process:
-        print_result(result)
+    chosen = _chosen(config, flags)
+    from revtrain import commands  # noqa: PLC0415
+
+    if dry_run:
+        commands.plan(chosen)
+    else:
+        commands.train(chosen)
 
 
 @app.command(name="evaluate")
@@ -115,20 +74,16 @@ def evaluate_command(
         data_dir: Folder of the data. Default: the one that the run was given.
         cpu: Evaluate on the CPU even where there is an accelerator.
     """
-    try:
-        result = evaluate(run, data=data, data_dir=data_dir, cpu=cpu)
-    except _BAD_INPUT as error:
-        _stop(error, 2)
-    if _is_first():
-        print(
-            f"{result.data} {result.split} accuracy {result.accuracy:.2%} "
-            f"({result.images:,} images, loss {result.loss:.4f})"
-        )
+    from revtrain import commands  # noqa: PLC0415
+
+    commands.evaluate(run, data=data, data_dir=data_dir, cpu=cpu)
 
 
 @app.command(name="list")
 def list_command() -> None:
     """List the networks, the data sets and the recipes."""
+    from revtrain.listing import print_lists  # noqa: PLC0415
+
     print_lists()
 
 
@@ -146,53 +101,29 @@ def find_batch_command(
         flags: Other values than the recipe's.
         largest: Where to begin.
     """
-    try:
-        size = find_batch_size(_chosen(config, flags), largest=largest)
-    except _BAD_INPUT as error:
-        _stop(error, 2)
-    print(
-        f"{size} images fit (of {largest} and its halves): --batch-size {size}, times the number "
-        "of processes"
-    )
+    chosen = _chosen(config, flags)
+    from revtrain import commands  # noqa: PLC0415
+
+    commands.find_batch(chosen, largest=largest)
 
 
 def _chosen(config: TrainConfig | None, flags: RecipeFlags | None) -> TrainConfig:
-    """Joins the flags of both kinds."""
-    return replace(config or TrainConfig(), overrides=given(flags))
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    """Joins the flags of both kinds; a bad value ends the program."""
+    try:
+        return replace(config or TrainConfig(), overrides=given(flags))
+    except (ValueError, OSError) as error:
+        end_with(error, 2)
 
 
 def main() -> None:
     """Runs the command line; bad input ends it with one line on stderr and exit status 2."""
     try:
         command, arguments, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
-    except (CycloptsError, *_BAD_INPUT) as error:
-        _stop(error, 2)
-    stop: Interrupted | None = None
+    except (CycloptsError, ValueError, OSError) as error:
+        end_with(error, 2)
     try:
         command(*arguments.args, **arguments.kwargs)
-    except Interrupted as caught:  # on all processes
-        stop = caught
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Together: on the CPU a process can wait forever for another that has closed its end.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if stop is not None:
-        raise stop
-
-
-def _stop(error: Exception, status: int) -> NoReturn:
-    """Prints an error in one line and exits.
-
-    Every process prints its own: the launcher kills the others as soon as one has exited.
-    """
-    message = " ".join(str(error).split())
-    for option, flag in _FLAGS.items():
-        message = message.replace(option, flag)
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f" (rank {rank})"
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
+    except KeyboardInterrupt:  # before the first step, after the last, or the second
+        resume = ": go on by the same command with --resume" if command is train_command else ""
+        print(f"interrupted{resume}", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from revtrain.recipe import Recipe, load_recipe, refuse_unknown_key
-from revtrain.tracking import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,10 @@ class TrainConfig:
             if value not in choices:
                 listed = ", ".join(str(choice) for choice in choices if choice)
                 raise ValueError(f"{name} (={value!r}) must be one of {listed}")
-        check_trackers(self.log_with)
+        if self.log_with:
+            from revtrain.tracking import check_trackers  # noqa: PLC0415
+
+            check_trackers(self.log_with)
         # A wrong recipe or override is an error here, not at its first use.
         self.resolved_recipe  # noqa: B018
 
@@ -163,7 +166,7 @@ class TrainConfig:
 def _check_drift_bound(bound: float | None, every: int | None) -> None:
     if bound is None:
         return
-    if not bound >= 0:  # NaN is not
-        raise ValueError(f"drift_bound (={bound}) must be at least 0")
+    if not 0 <= bound < math.inf:  # NaN is not
+        raise ValueError(f"drift_bound (={bound}) must be at least 0, and finite")
     if every is None:
         raise ValueError(f"drift_bound (={bound}) needs a measurement: give drift_every, too")

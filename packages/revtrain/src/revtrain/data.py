@@ -3,13 +3,75 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 
 import revdata
 from revdata import ImageSet
+from revtrain.config import TrainConfig
 from revtrain.net import memory_format
+
+# Nothing is kept for a backward pass, so batches may be larger than in training.
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and what it is evaluated on.
+
+    Attributes:
+        train: Batches of the training images.
+        test: Batches of the others.
+        split: What these are: `test`, or `val` where the run holds validation images out.
+        num_classes: Outputs of the network.
+        channels: Channels of the images.
+    """
+
+    train: revdata.Loader
+    test: revdata.Loader
+    split: str
+    num_classes: int
+    channels: int
+
+
+def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
+    """Loads the images of a run, and makes this process's loaders.
+
+    Raises:
+        revdata.DataError: They are missing or damaged.
+        ValueError: There are more classes than outputs, or the batch size cannot be.
+    """
+    train_split, split = ("fit", "val") if config.val else ("train", "test")
+    # All processes at once: a lock makes one of them download. In a barrier the others would
+    # wait for longer than a process group allows.
+    train_images, images = (
+        load_images(
+            config.data,
+            name,
+            data_dir=config.data_dir,
+            verify=config.verify,
+            download=config.download,
+            mirror=config.mirror,
+        )
+        for name in (train_split, split)
+    )
+    num_classes = config.num_classes or len(train_images.classes)
+    refuse_more_classes(train_images, num_classes)
+    recipe = config.resolved_recipe
+    train = make_loader(
+        train_images,
+        recipe.batch_size,
+        accelerator,
+        kind=config.loader,
+        train=True,
+        augment=recipe.augment,
+        cutout=recipe.cutout,
+        seed=config.seed,
+    )
+    test = make_loader(images, EVALUATION_BATCH, accelerator, kind=config.loader)
+    return Data(train, test, split, num_classes, train_images.images.shape[1])
 
 
 def load_images(
@@ -53,6 +115,7 @@ def make_loader(
     kind: str = "device",
     train: bool = False,
     augment: bool = False,
+    cutout: int = 0,
     seed: int = 0,
 ) -> revdata.Loader:
     """Makes this process's loader: shuffled whole batches to train on, or all images in order."""
@@ -68,6 +131,7 @@ def make_loader(
         batch_size,
         device=accelerator.device,
         augment=augment,
+        cutout=cutout,
         shuffle=train,
         drop_last=train,
         seed=seed,

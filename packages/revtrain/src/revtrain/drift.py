@@ -108,5 +108,6 @@ class DriftWatch:
             f"(={self._bound:.2g}). The last checkpoint is of an earlier step. Ways out: streams "
             "in float32 (inputs of reversible chains are not cast to half precision), "
             "keep_input=True on every k-th block (a kept input restarts the chain exactly), "
-            "revcore.FixedPointCoupling (reverses bit for bit), --stored, or a larger --drift-bound"
+            "revcore.FixedPointCoupling (reverses bit for bit), --stored (all of these in a new "
+            "run, --fresh), or a larger --drift-bound with --resume"
         )

@@ -14,14 +14,11 @@ from torch import nn
 
 import revdata
 from revtrain.capture import CapturedCall, why_not_capture
-from revtrain.data import load_images, make_loader, refuse_more_classes
+from revtrain.data import EVALUATION_BATCH, load_images, make_loader, refuse_more_classes
 from revtrain.launch import make_accelerator
 from revtrain.meter import Averages, Meter
 from revtrain.net import to_device
 from revtrain.run_folder import RunFolder
-
-# Nothing is kept for a backward pass, so batches may be larger than in training.
-BATCH_SIZE = 500
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,6 @@ def evaluate(
     model.load_state_dict(state)
     # In the layout of training: another one has other kernels, which round in other ways.
     model = accelerator.prepare_model(to_device(model, accelerator.device), evaluation_mode=True)
-    loader = make_loader(images, BATCH_SIZE, accelerator, kind=chosen["loader"])
+    loader = make_loader(images, EVALUATION_BATCH, accelerator, kind=chosen["loader"])
     averages = Evaluator(model, accelerator)(loader)
     return Evaluation(data, split, averages.accuracy, averages.loss, averages.images)

@@ -11,9 +11,18 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
 from revtrain.orphan import end_with_launcher
 
+_PRECISIONS = ("no", "bf16", "fp16")
+
+# Ways of Accelerate to share a network, by the variables in which its launcher asks for them.
+_OTHER_WAYS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
 
 class LaunchError(RuntimeError):
-    """Fewer processes run than were asked for."""
+    """The launcher asks for what would not be done: processes, or a way to share the network."""
 
 
 def make_accelerator(
@@ -30,10 +39,12 @@ def make_accelerator(
         An Accelerator whose number of processes is the one that was asked for.
 
     Raises:
-        LaunchError: The launcher started, or Accelerate found, fewer processes than asked for.
-        ValueError: The device cannot do this precision.
+        LaunchError: The launcher started, or Accelerate found, fewer processes than asked for; or
+            it asks for FSDP, DeepSpeed or Megatron-LM.
+        ValueError: The device cannot do this precision, or none of ours can.
     """
     end_with_launcher()
+    _refuse_other_ways()
     # Accelerate keeps device and precision for the life of the process, and a second run from
     # Python may want others; there is no public way to say so. A process group stays.
     AcceleratorState._reset_state(
@@ -51,7 +62,26 @@ def make_accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     _refuse_lost_processes(accelerator.num_processes)
+    if accelerator.mixed_precision not in _PRECISIONS:
+        raise ValueError(
+            f"mixed_precision (={accelerator.mixed_precision!r}) of Accelerate's settings must "
+            f"be one of {', '.join(_PRECISIONS)}: --mixed-precision wins over it"
+        )
     return accelerator
+
+
+def _refuse_other_ways() -> None:
+    """Raises if the network would be shared in a way that the step and the checkpoints are not for.
+
+    On the CPU Accelerate itself would leave it out, in silence.
+    """
+    for variable, name in _OTHER_WAYS.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            raise LaunchError(
+                f"Accelerate is configured for {name} ({variable}={os.environ[variable]}), but "
+                "revtrain shares work by DistributedDataParallel: launch it by --multi_gpu, or by "
+                "a configuration with distributed_type: MULTI_GPU"
+            )
 
 
 def _refuse_lost_processes(found: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from revmodels import Architecture, get_architecture
@@ -20,6 +21,14 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Moves a network to a device, in the layout of `memory_format`."""
     moved: nn.Module = model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
     return moved
+
+
+def unwrap(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Returns the network inside of what `accelerator.prepare` made of it."""
+    # Told to keep what torch.compile wrapped, Accelerate would take DistributedDataParallel out of
+    # it for good, and name all weights after the wrapper.
+    net: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return net
 
 
 @dataclass(frozen=True)

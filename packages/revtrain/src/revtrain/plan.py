@@ -11,6 +11,7 @@ from rich.table import Table
 from revtrain.config import TrainConfig
 from revtrain.memory import activation_bytes
 from revtrain.meter import Meter
+from revtrain.net import unwrap
 from revtrain.peak import peak_memory, reset_peak_memory
 from revtrain.trainer import Trainer
 
@@ -74,7 +75,7 @@ def dry_run(config: TrainConfig) -> Plan:
     trainer = Trainer(replace(config, download=False))
     accelerator = trainer.accelerator
     x, labels = next(iter(trainer.train_loader))
-    net = accelerator.unwrap_model(trainer.model).train()
+    net = unwrap(trainer.model, accelerator).train()
     part = len(x) // accelerator.gradient_accumulation_steps  # what is in the network at once
     kept, peak = activation_bytes(net, x[:part], labels[:part], accelerator)
     net.zero_grad()

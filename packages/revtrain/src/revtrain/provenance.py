@@ -81,6 +81,7 @@ def _hardware(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "accumulate": accelerator.gradient_accumulation_steps,
+        "compiled_by": accelerator.state.dynamo_plugin.backend.value.lower(),
     }
     if device.type == "cuda":
         hardware["device_name"] = torch.cuda.get_device_name(device)

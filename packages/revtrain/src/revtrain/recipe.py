@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
@@ -62,6 +63,9 @@ class Recipe:
     """Share of the target that is spread evenly over all classes."""
     augment: bool = True
     """Whether to crop (and flip) the training images at random, as far as that suits the data."""
+    cutout: int = 0
+    """Side, in pixels, of a square that is erased in each training image (DeVries and Taylor 2017);
+    0 for none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -83,10 +87,11 @@ class Recipe:
             raise ValueError("nesterov (=True) needs a momentum greater than 0")
         _check("weight_decay", self.weight_decay, least=0)
         _check("label_smoothing", self.label_smoothing, least=0, below=1)
+        _check("cutout", self.cutout, least=0)
 
     def _check_types(self) -> None:
         for names, types, what in (
-            (("batch_size",), int, "a whole number"),
+            (("batch_size", "cutout"), int, "a whole number"),
             (("epochs", "steps"), (int, type(None)), "a whole number"),
             (("nesterov", "augment"), bool, "true or false"),
         ):
@@ -117,6 +122,8 @@ def _check(
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} (={value!r}) must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} (={value}) must be finite")
     if least is not None and not value >= least:
         raise ValueError(f"{name} (={value}) must be at least {least}")
     if above is not None and not value > above:
@@ -160,10 +167,12 @@ def load_recipe(name: str) -> Recipe:
         (0.1, 80000, (0.5, 0.75))
     """
     if _is_toml(name):
-        text = Path(name).read_text(encoding="utf-8")
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"recipe {name!r}: there is no such file")
+        content = Path(name).read_bytes()
     elif name in list_recipes():
         file = resources.files("revtrain") / "recipes" / f"{name}.toml"
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
     else:
         known = list_recipes()
         raise ValueError(
@@ -171,13 +180,13 @@ def load_recipe(name: str) -> Recipe:
             "and any file whose name ends in .toml"
         )
     try:
-        return _parse(text)
+        return _parse(content)
     except ValueError as error:
         raise ValueError(f"recipe {name!r}: {error}") from error
 
 
-def _parse(text: str) -> Recipe:
-    values = tomllib.loads(text)
+def _parse(content: bytes) -> Recipe:
+    values = tomllib.loads(content.decode("utf-8"))
     for key in values:
         refuse_unknown_key(key)
     for field in fields(Recipe):

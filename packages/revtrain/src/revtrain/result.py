@@ -8,6 +8,7 @@ from typing import Any
 
 from revtrain.config import TrainConfig
 from revtrain.memory import DepthCost
+from revtrain.meter import Averages
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,46 @@ class Result:
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
     memory: list[DepthCost]
+
+
+def epoch_record(
+    epoch: int,
+    step: int,
+    *,
+    split: str,
+    trained: Averages,
+    tested: Averages,
+    lr: float,
+    steps: int,
+    seconds: float,
+    peak_memory_bytes: int | None,
+) -> dict[str, Any]:
+    """Returns a line of `metrics.jsonl`.
+
+    Args:
+        epoch: Its number, counted from 1.
+        step: Steps of the run so far.
+        split: What was evaluated, `test` or `val`.
+        trained: Averages over the training images.
+        tested: Averages over the others.
+        lr: Learning rate of the last step.
+        steps: Steps of the epoch.
+        seconds: What they took.
+        peak_memory_bytes: The most memory so far, where something counts it.
+    """
+    return {
+        "epoch": epoch,
+        "step": step,
+        "train_loss": trained.loss,
+        "train_accuracy": trained.accuracy,
+        f"{split}_loss": tested.loss,
+        f"{split}_accuracy": tested.accuracy,
+        "lr": lr,
+        "seconds": seconds,
+        "step_seconds": seconds / steps,
+        "images_per_second": trained.images / seconds,
+        "peak_memory_bytes": peak_memory_bytes,
+    }
 
 
 def summarize(

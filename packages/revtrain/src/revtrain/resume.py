@@ -79,6 +79,7 @@ def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
         "device": hardware["device"],
         "mixed_precision": hardware["mixed_precision"],
         "accumulate": hardware["accumulate"],
+        "compiled_by": hardware.get("compiled_by", "no"),
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,19 @@ class RunFolder:
             what = "a run already:" if self.finished else "an unfinished run: go on by --resume,"
             raise FileExistsError(
                 f"{self.path} holds {what} replace it by --fresh, or choose another folder by --out"
+            )
+
+    def refuse_unwritable(self) -> None:
+        """Raises if no file can be written here.
+
+        Raises:
+            PermissionError: Names the folder that forbids it.
+        """
+        path = self.path.absolute()
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"{there} cannot be written to: choose another run folder by --out"
             )
 
     def start(self, config: dict[str, Any]) -> None:

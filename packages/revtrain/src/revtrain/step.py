@@ -24,6 +24,7 @@ from revtrain.capture import CapturedCall, why_not_capture
 from revtrain.cast_weights import CastWeights
 from revtrain.guard import Guard
 from revtrain.meter import Meter
+from revtrain.net import unwrap
 from revtrain.nonfinite import NonFiniteLossError, find_origin
 
 # Reading the guard waits for the device, so it is read once in so many steps.
@@ -198,7 +199,7 @@ class TrainStep:
         """Repeats the bad step on all processes and says what came from where."""
         accelerator = self._accelerator
         rank, (order, what) = accelerator.process_index, (0, "")
-        net = accelerator.unwrap_model(self._model, keep_fp32_wrapper=True)
+        net = unwrap(self._model, accelerator)
         for x, labels in self._guard.held_batches():
             order, what = find_origin(self._loss, net, x, labels)
         if accelerator.num_processes > 1:
@@ -209,8 +210,8 @@ class TrainStep:
         precision = accelerator.mixed_precision
         return (
             f"the loss or a gradient is not finite at step {step}, on rank {rank}: the first such "
-            f"number is in {what}. Weights and optimizer are as before that step. Ways out: lower "
-            f"the learning rate (--lr)"
+            f"number is in {what}. Weights and optimizer are as before that step, as is the last "
+            f"checkpoint. Ways out: a run with a lower learning rate (--lr, --fresh)"
             + ("" if precision == "no" else f", train without --mixed-precision {precision}")
         )
 

@@ -11,27 +11,25 @@ from typing import Any
 
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from rich.console import Console
 from torch import Tensor
 
 from revtrain.accumulate import refuse_unequal_parts
 from revtrain.checkpoints import CheckpointError, Checkpoints
 from revtrain.config import TrainConfig
-from revtrain.data import load_images, make_loader, refuse_more_classes
+from revtrain.data import load_data
 from revtrain.deterministic import deterministic
 from revtrain.drift import DriftWatch
-from revtrain.evaluation import BATCH_SIZE, Evaluator
-from revtrain.files import write_json
+from revtrain.evaluation import Evaluator
+from revtrain.finish import write_results
 from revtrain.launch import make_accelerator
-from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json, read_memory
+from revtrain.memory import DepthCost, read_memory
 from revtrain.meter import Averages, Meter
-from revtrain.net import NetSpec, to_device
+from revtrain.net import NetSpec, to_device, unwrap
 from revtrain.optim import make_optimizer, make_scheduler
 from revtrain.peak import peak_memory, reset_peak_memory
-from revtrain.plots import plot_curve, plot_memory
 from revtrain.progress import TrainProgress
 from revtrain.provenance import provenance
-from revtrain.result import Result, summarize
+from revtrain.result import Result, epoch_record, summarize
 from revtrain.resume import RunState, refuse_other_run
 from revtrain.run_folder import RunFolder
 from revtrain.signals import Interrupted, StopSignals
@@ -57,12 +55,23 @@ def train(config: TrainConfig) -> Result:
             errors of this kind it is raised before anything is written.
         FileExistsError: The run folder holds a run, and neither `config.fresh` nor
             `config.resume` is set.
-        CheckpointError: All checkpoints of the run that `config.resume` asks for are damaged.
+        CheckpointError: All checkpoints of the run that `config.resume` asks for are damaged, or
+            the first checkpoint of a new run cannot be written.
         revdata.DataError: The data are missing or damaged.
         NonFiniteLossError: The loss or a gradient is no longer a number.
         DriftError: Reconstructed activations are further off than `config.drift_bound`.
         Interrupted: SIGTERM or Ctrl-C stopped the run, between two steps and with a checkpoint.
             Python exits with status 143 or 130 if nothing catches it.
+
+    Example:
+        >>> import tempfile
+        >>> config = TrainConfig(
+        ...     data="digits", epochs=1, blocks=(1, 1, 1), channels=(4, 4, 8, 8), memory=False,
+        ...     out=Path(tempfile.mkdtemp(), "run"),
+        ... )
+        >>> result = train(config)
+        >>> 0 < result.summary["test_accuracy"] < 1
+        True
     """
     return Trainer(config).run()
 
@@ -83,6 +92,8 @@ class Trainer:
         self.folder = RunFolder(config.run_folder)
         if not (config.fresh or config.resume):
             self.folder.refuse_old_run()
+        if not (config.resume and self.folder.finished):
+            self.folder.refuse_unwritable()
         self.accelerator = accelerator = make_accelerator(
             cpu=config.cpu,
             mixed_precision=config.mixed_precision,
@@ -91,41 +102,14 @@ class Trainer:
         refuse_unequal_parts(recipe.batch_size, accelerator)
         device = accelerator.device
 
-        train_split, self.test_split = ("fit", "val") if config.val else ("train", "test")
-        # All processes at once: a lock makes one of them download. In a barrier the others would
-        # wait for longer than a process group allows.
-        train_images, test_images = (
-            load_images(
-                config.data,
-                split,
-                data_dir=config.data_dir,
-                verify=config.verify,
-                download=config.download,
-                mirror=config.mirror,
-            )
-            for split in (train_split, self.test_split)
-        )
-        num_classes = config.num_classes or len(train_images.classes)
-        refuse_more_classes(train_images, num_classes)
-        self.train_loader = make_loader(
-            train_images,
-            recipe.batch_size,
-            accelerator,
-            kind=config.loader,
-            train=True,
-            augment=recipe.augment,
-            seed=config.seed,
-        )
-        self.test_loader = make_loader(test_images, BATCH_SIZE, accelerator, kind=config.loader)
+        data = load_data(config, accelerator)
+        self.train_loader, self.test_loader = data.train, data.test
+        self.test_split = data.split
 
         # The same seed on all processes: the initial weights agree.
         set_seed(config.seed)
         self.spec = NetSpec.of(
-            config.model,
-            num_classes,
-            train_images.images.shape[1],
-            config.blocks,
-            config.channels,
+            config.model, data.num_classes, data.channels, config.blocks, config.channels
         )
         model = self.spec.build(reversing=not config.stored)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -151,7 +135,7 @@ class Trainer:
         )
         # Without its wrapper: DDP synchronizes at each call, but ranks may have different numbers
         # of batches here.
-        net = accelerator.unwrap_model(self.model)
+        net = unwrap(self.model, accelerator)
         self.evaluator = Evaluator(net, accelerator, graph=config.graph)
         self.drift = DriftWatch(
             net, self.step, accelerator, every=config.drift_every, bound=config.drift_bound
@@ -193,6 +177,10 @@ class Trainer:
         ):
             if self._resumed is not None:
                 progress.say(f"going on after step {state.step} of {self.total_steps}")
+            else:
+                # So that there is one behind every error; and where none can be written, nothing is
+                # lost yet.
+                self.checkpoints.save(0, state.to_json())
             for epoch in range(len(state.records), self.epochs):
                 record = self._epoch(epoch, progress, signals)
                 log(record)
@@ -206,24 +194,29 @@ class Trainer:
         )
         memory: list[DepthCost] = []
         if main:
-            weights = accelerator.unwrap_model(self.model).state_dict()
-            self.folder.write_weights(weights, self.spec)
-            plot_curve(state.records, self.test_split, self.folder.plots("curve"))
-            if self.config.memory and self.spec.architecture.reversible:
-                memory = self._compare_memory()
-            self.folder.write_summary(summary)  # the last: it says that the run is complete
+            measure = self.config.memory and self.spec.architecture.reversible
+            memory = write_results(
+                self.folder,
+                unwrap(self.model, accelerator),
+                self.spec,
+                accelerator,
+                records=state.records,
+                split=self.test_split,
+                summary=summary,
+                batch=self._first_batch() if measure else None,
+            )
         return Result(self.folder.path, summary, state.records, memory)
 
     def _go_on(self, path: Path) -> None:
         """Restores a checkpoint."""
-        if self.accelerator.num_processes > 1:
+        self.state = RunState(**self.checkpoints.progress(path))
+        if self.accelerator.num_processes > 1 and self.state.step:
             # DistributedDataParallel orders its buckets anew after the first backward pass, and
             # with them the sums over processes. Another run of as many steps has done so.
-            self.train_loader.set_epoch(0)
-            x, labels = next(iter(self.train_loader))
+            x, labels = self._first_batch()
             self.accelerator.backward(F.cross_entropy(self.model(x), labels))
             self.optimizer.zero_grad()
-        self.state = RunState(**self.checkpoints.load(path))
+        self.checkpoints.load(path)
         self.drift.worst = self.state.drift
         if self.accelerator.is_main_process:
             self.folder.go_on(self.state.step, provenance(self.accelerator))
@@ -252,23 +245,18 @@ class Trainer:
         self.step.check()
         averages = meter.read(accelerator)  # waits for the device, so the time is right
         seconds = state.seconds = time.perf_counter() - started
-        steps = state.step - epoch * self.steps_per_epoch
         tested = self._evaluate(lambda: self._stop_if_told(signals, meter, progress))
-        record = {
-            "epoch": epoch + 1,
-            "step": state.step,
-            "train_loss": averages.loss,
-            "train_accuracy": averages.accuracy,
-            f"{self.test_split}_loss": tested.loss,
-            f"{self.test_split}_accuracy": tested.accuracy,
-            "lr": state.lr,
-            "seconds": seconds,
-            "step_seconds": seconds / steps,
-            "images_per_second": averages.images / seconds,
-            "peak_memory_bytes": peak_memory(
-                device, self.step.peak_bytes, self.evaluator.peak_bytes
-            ),
-        }
+        record = epoch_record(
+            epoch + 1,
+            state.step,
+            split=self.test_split,
+            trained=averages,
+            tested=tested,
+            lr=state.lr,
+            steps=state.step - epoch * self.steps_per_epoch,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory(device, self.step.peak_bytes, self.evaluator.peak_bytes),
+        )
         return record | ({"drift": self.drift.worst} if self.config.drift_every else {})
 
     def _epoch_done(self, record: dict[str, Any], progress: TrainProgress) -> None:
@@ -314,6 +302,10 @@ class Trainer:
             return False
         return True
 
+    def _first_batch(self) -> tuple[Tensor, Tensor]:
+        self.train_loader.set_epoch(0)
+        return next(iter(self.train_loader))
+
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields this epoch's batches, as many as are left of it and of the run."""
         first = epoch * self.steps_per_epoch
@@ -332,16 +324,3 @@ class Trainer:
             "steps": self.total_steps,
             **provenance(self.accelerator),
         }
-
-    def _compare_memory(self) -> list[DepthCost]:
-        """Measures memory over depth on the first batch, and writes table and picture."""
-        self.train_loader.set_epoch(0)
-        x, labels = next(iter(self.train_loader))
-        depths: tuple[int, ...] = DEPTHS
-        if len(set(self.spec.blocks)) == 1:
-            depths = tuple(sorted({*DEPTHS, self.spec.blocks[0]}))
-        with Console(stderr=True).status("measuring activation memory over depth"):
-            costs = compare_memory(self.spec, x, labels, self.accelerator, depths)
-        write_json(self.folder.memory, memory_json(self.spec, x, costs))
-        plot_memory(costs, self.spec.model, self.folder.plots("memory"))
-        return costs
