@@ -133,6 +133,7 @@ class Way:
             weights of convolutions are cast at once.
         compiled: Whether the whole net is compiled.
         budget: Share of the activations that the compiler may keep.
+        recompute: Whether what is not reversible is recomputed.
     """
 
     chain: Chain | None = None
@@ -141,6 +142,7 @@ class Way:
     tuned: bool = True
     compiled: bool = False
     budget: float | None = None
+    recompute: bool = False
 
     @property
     def absent(self) -> str | None:
@@ -153,6 +155,7 @@ class Way:
         """Makes the network; equal seeds give equal weights for all ways."""
         torch.manual_seed(seed)
         net = spec.build(reversing=self.reversing)
+        net.recompute = self.recompute  # type: ignore[assignment]
         if not self.tuned:
             for module in net.modules():
                 module.__class__ = PLAIN.get(type(module), type(module))
@@ -178,6 +181,8 @@ WAYS = {
     "stored": Way(reversing=False),
     "revcore": Way(),
     "revcore, no overlap": Way(without_overlap),
+    "revcore, recomputed": Way(recompute=True),
+    "revcore, recomputed, no overlap": Way(without_overlap, recompute=True),
     "revcore, fixed point": Way(by_fixed_point),
     "MemCNN": Way(by_memcnn, package="memcnn", tuned=False),
     "RevTorch": Way(by_revtorch, package="revtorch", tuned=False),
@@ -206,7 +211,7 @@ def block_modes(net: nn.Module) -> dict[str, str]:
         if not isinstance(stage, ReversibleStage):
             continue
         if not isinstance(stage.transition, nn.Identity):
-            modes[f"{name}.transition"] = "stored"
+            modes[f"{name}.transition"] = "recomputed" if net.recompute else "stored"
         chain = stage.chain
         if not isinstance(chain, revcore.ReversibleSequential):
             modes[f"{name}.chain"] = f"by {type(chain).__module__}.{type(chain).__name__}"
