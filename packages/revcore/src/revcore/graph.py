@@ -66,7 +66,8 @@ def _warn_of_side_results(branch: nn.Module) -> None:
     for name, module in branch.named_modules():
         for attribute, value in vars(module).items():
             # A weight that is computed from a weight_orig or weight_g beside it is none.
-            own = any(key.startswith(f"{attribute}_") for key in module._parameters)
+            names = [key for key, _ in module.named_parameters(recurse=False)]
+            own = any(key.startswith(f"{attribute}_") for key in names)
             if isinstance(value, Tensor) and value.grad_fn is not None and not own:
                 where = f"{name}.{attribute}" if name else attribute
                 warnings.warn(
