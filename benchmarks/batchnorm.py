@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revmodels import passes
+from revmodels import passes, set_fused
 from revmodels.batchnorm import batch_norm_relu
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
@@ -74,7 +74,7 @@ def measure(shape: tuple[int, ...], place: str, *, half: bool, sweep: bool) -> d
     device = torch.device("cuda")
     of_x = torch.bfloat16 if half and place == "inner" else torch.float32
     of_y = torch.bfloat16 if half else torch.float32
-    norm = nn.BatchNorm2d(shape[1]).to(device)
+    norm = set_fused(nn.BatchNorm2d(shape[1]).to(device), True)
     size = 4 * torch.Size(shape).numel()
     batches = [
         torch.randn(shape, device=device).to(of_x, memory_format=torch.channels_last)
@@ -117,7 +117,7 @@ def measure(shape: tuple[int, ...], place: str, *, half: bool, sweep: bool) -> d
         row["plain"]["repeated"] = in_a_graph(plain, batches)
     if sweep:
         row["sweep"] = []
-        for rows, warps, programs in itertools.product((16, 32, 64), (4, 8), (128, 256, 512)):
+        for rows, warps, programs in itertools.product((8, 16, 32), (4, 8), (128, 256, 512)):
             with tiles(ROWS=rows, WARPS=warps, PROGRAMS=programs):
                 forward = in_a_graph(fused, batches)
                 again = in_a_graph(repeated, batches)

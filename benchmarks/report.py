@@ -76,6 +76,7 @@ def fill(text: str) -> str:
         "gradients": gradients,
         "numerics": numerics_caption,
         "pitch": pitch,
+        "published": published,
         "runs": runs,
         "single": lambda: runs(link=False),
         "twins": twins,
@@ -331,6 +332,18 @@ def chaos() -> str:
         f"{largest['checkpoint_bytes'] / 1e6:.1f} MB) took {largest['save_seconds']:.2f} s to save "
         f"and {largest['verify_and_load_seconds']:.2f} s to check and load, on {hardware(record)}."
     )
+
+
+def published() -> str:
+    """Returns the accuracies of the papers."""
+    models = [model for data, model in PUBLISHED if data == "cifar10"]
+    rows = [
+        [model]
+        + [f"{value:.2f}" for data in ("cifar10", "cifar100") for value in PUBLISHED[data, model]]
+        for model in models
+    ]
+    header = "network, CIFAR-10: Gomez et al., MemCNN, CIFAR-100: Gomez et al., MemCNN"
+    return table(header, rows)
 
 
 def curves() -> str:

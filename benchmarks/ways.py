@@ -2,7 +2,8 @@
 
 All ways run the same branches with the same initial weights, inside of the same stem, transitions
 and head; what differs is the container that runs a stage's blocks. Other libraries run torch's
-BatchNorm, as their users do; revmodels' kernels are for the ways that say so.
+BatchNorm and autocast, as their users do; revmodels' kernels are for the ways that say so, in a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ class PlainBatchNorm2d(nn.BatchNorm2d):
     """What revmodels' kernels do not know, so that torch's run."""
 
 
+class PlainConv2d(nn.Conv2d):
+    """What revtrain does not cast ahead: other libraries repeat branches without autocast."""
+
+
+PLAIN = {nn.BatchNorm2d: PlainBatchNorm2d, nn.Conv2d: PlainConv2d}
+
+
 class Copy(nn.Module):
     """Gives MemCNN an input of its own, whose storage it may free: the ReLU before needs its own.
 
@@ -121,17 +129,20 @@ class Way:
         chain: Makes a container from pairs of branches; None for revmodels' own.
         reversing: Whether a container of revcore reverses.
         package: The library that has to be there.
-        kernels: Whether BatchNorm and ReLU run in revmodels' kernels, where there are any.
+        tuned: Whether BatchNorm and ReLU run in revmodels' kernels, where there are any, and the
+            weights of convolutions are cast at once.
         compiled: Whether the whole net is compiled.
         budget: Share of the activations that the compiler may keep.
+        recompute: Whether what is not reversible is recomputed.
     """
 
     chain: Chain | None = None
     reversing: bool = True
     package: str | None = None
-    kernels: bool = True
+    tuned: bool = True
     compiled: bool = False
     budget: float | None = None
+    recompute: bool = False
 
     @property
     def absent(self) -> str | None:
@@ -144,10 +155,10 @@ class Way:
         """Makes the network; equal seeds give equal weights for all ways."""
         torch.manual_seed(seed)
         net = spec.build(reversing=self.reversing)
-        if not self.kernels:
+        net.recompute = self.recompute  # type: ignore[assignment]
+        if not self.tuned:
             for module in net.modules():
-                if type(module) is nn.BatchNorm2d:
-                    module.__class__ = PlainBatchNorm2d
+                module.__class__ = PLAIN.get(type(module), type(module))
         if self.chain is not None:
             for stage in net.modules():
                 if isinstance(stage, ReversibleStage) and len(stage.chain):
@@ -170,13 +181,15 @@ WAYS = {
     "stored": Way(reversing=False),
     "revcore": Way(),
     "revcore, no overlap": Way(without_overlap),
+    "revcore, recomputed": Way(recompute=True),
+    "revcore, recomputed, no overlap": Way(without_overlap, recompute=True),
     "revcore, fixed point": Way(by_fixed_point),
-    "MemCNN": Way(by_memcnn, package="memcnn", kernels=False),
-    "RevTorch": Way(by_revtorch, package="revtorch", kernels=False),
-    "RevLib": Way(by_revlib, package="revlib", kernels=False),
-    "checkpoint by block": Way(by_block, kernels=False),
-    "checkpoint in sqrt segments": Way(by_sqrt, kernels=False),
-    "stored, torch's BatchNorm": Way(reversing=False, kernels=False),
+    "MemCNN": Way(by_memcnn, package="memcnn", tuned=False),
+    "RevTorch": Way(by_revtorch, package="revtorch", tuned=False),
+    "RevLib": Way(by_revlib, package="revlib", tuned=False),
+    "checkpoint by block": Way(by_block, tuned=False),
+    "checkpoint in sqrt segments": Way(by_sqrt, tuned=False),
+    "stored, torch's BatchNorm": Way(reversing=False, tuned=False),
     "stored, compiled": Way(reversing=False, compiled=True),
     "revcore, compiled": Way(compiled=True),
     "stored, compiled, budget 0.3": Way(reversing=False, compiled=True, budget=0.3),
@@ -198,7 +211,7 @@ def block_modes(net: nn.Module) -> dict[str, str]:
         if not isinstance(stage, ReversibleStage):
             continue
         if not isinstance(stage.transition, nn.Identity):
-            modes[f"{name}.transition"] = "stored"
+            modes[f"{name}.transition"] = "recomputed" if net.recompute else "stored"
         chain = stage.chain
         if not isinstance(chain, revcore.ReversibleSequential):
             modes[f"{name}.chain"] = f"by {type(chain).__module__}.{type(chain).__name__}"

@@ -102,6 +102,21 @@ def test_nothing_is_loaded_from_another_host(path):
     assert not elsewhere
 
 
+READMES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "packages/*/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("path", READMES)
+def test_files_that_a_readme_names_are_there(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)|(?:src|srcset)=\"([^\"]+)", text)
+    names = [name for link in links for name in link if name and not urlsplit(name).scheme]
+    assert [name for name in names if not ((ROOT / path).parent / name).exists()] == []
+
+
 def test_styles_load_nothing_from_another_host():
     for path in SITE.rglob("*.css"):
         urls = re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')]+)", path.read_text(encoding="utf-8"))

@@ -198,6 +198,14 @@ def test_chain_inside_a_branch(device):
     assert_same(ours, gradients(chain, chain, x))
 
 
+def test_buffers_of_a_chain_inside_a_branch_change_once(device):
+    norms = [nn.BatchNorm1d(2) for _ in range(2)]
+    inner = revcore.ReversibleSequential(revcore.AdditiveCoupling(*norms))
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(inner)).to(device)
+    chain(torch.randn(5, 8, device=device, requires_grad=True)).sum().backward()
+    assert [norm.num_batches_tracked.item() for norm in norms] == [1, 1]
+
+
 def test_nested_chains_are_one_chain(device):
     case = make_case("additive", "mlp", 4, device)
     nested = revcore.ReversibleSequential(case.chain[:2], case.chain[2:])

@@ -1,6 +1,7 @@
 """BatchNorm and ReLU by our kernels are BatchNorm and ReLU, on the CPU by Triton's interpreter."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def make_norm(channels, device):
     norm = nn.BatchNorm2d(channels).to(device)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    return norm
+    return revmodels.set_fused(norm, True)
 
 
 def plain(norm, x, *, relu=True):
@@ -144,7 +145,9 @@ def test_under_autocast_the_result_is_what_the_convolution_would_cast_it_to(devi
     grad = torch.randn_like(half)
     found = torch.autograd.grad(half, (x, *norm.parameters()), grad)
     right = torch.autograd.grad(full, (x, *norm.parameters()), grad.float())
-    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    for ours, theirs in zip(found, right, strict=True):
+        # A GPU adds up in another order where a gradient of 16 bits is read in wider pieces.
+        assert relative_error(ours, theirs) < (1e-6 if device.type == "cuda" else 1e-30)
 
 
 def test_second_derivatives(device):
@@ -180,6 +183,7 @@ def without(norm, **attributes):
 @pytest.mark.parametrize(
     "change",
     [
+        lambda norm, x: (revmodels.set_fused(norm, False), x),
         lambda norm, x: (norm.eval(), x),
         lambda norm, x: (norm, x.contiguous()),
         lambda norm, x: (norm.double(), x.double()),
@@ -203,6 +207,7 @@ def test_whatever_the_kernels_cannot_do_runs_as_it_is(device, change):
 
 def test_untracked_statistics(device):
     norm = nn.BatchNorm2d(16, track_running_stats=False).to(device)
+    revmodels.set_fused(norm, True)
     x = batch(2, 16, 4, 4, device=device)
     y = batch_norm_relu(norm, x)
     assert is_fused(y)
@@ -237,11 +242,22 @@ def test_a_compiler_sees_operations_of_torch(device):
     assert torch.equal(y, plain(norm, x))
 
 
-def test_kernels_that_do_not_compile_are_not_used(device, monkeypatch):
+def zeros_instead(x, *_, **__):
+    return torch.zeros(x.shape[1]).to(x), torch.ones(x.shape[1]).to(x)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "reason"),
+    [
+        (lambda *_, **__: 1 / 0, "do not compile: division by zero"),
+        (zeros_instead, "they give other results"),
+    ],
+)
+def test_kernels_that_do_not_work_are_not_used(device, monkeypatch, statistics, reason):
     load_passes.cache_clear()
-    monkeypatch.setattr(passes, "statistics", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(passes, "statistics", statistics)
     norm, x = make_norm(16, device), batch(2, 16, 4, 4, device=device)
-    with pytest.warns(UserWarning, match=r"do not compile here: division by zero"):
+    with pytest.warns(UserWarning, match=reason):
         y = batch_norm_relu(norm, x)
     assert torch.equal(y, plain(norm, x))
     load_passes.cache_clear()
@@ -250,7 +266,8 @@ def test_kernels_that_do_not_compile_are_not_used(device, monkeypatch):
 def small_net(device, **kwargs):
     torch.manual_seed(0)
     net = revmodels.RevNet("basic", (2, 2, 2), (8, 8, 16, 12), 5, **kwargs)
-    return net.to(device, memory_format=torch.channels_last)
+    net.to(device, memory_format=torch.channels_last)
+    return revmodels.set_fused(net, True)
 
 
 def all_gradients(net):
@@ -282,17 +299,29 @@ def test_a_reversed_net_computes_what_a_stored_one_computes(device, autocast, mo
     assert relative_error(*map(all_gradients, nets)) < (0.05 if autocast else 1e-4)
 
 
-def test_a_net_computes_what_it_computes_without_kernels(device):
-    fused, unfused = small_net(device), small_net(device)
-    for module in list(unfused.modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            hooked(module)
+def test_a_net_computes_what_it_computes_without_kernels(device, monkeypatch):
+    # A convolution in TF32 makes of a last bit of its input one of ten.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    fused, unfused = small_net(device), revmodels.set_fused(small_net(device), False)
     x, labels = batch(4, 3, 8, 8, device=device).detach(), torch.arange(4, device=device)
     for net in (fused, unfused):
         F.cross_entropy(net(x), labels).backward()
     for ours, theirs in zip(fused.buffers(), unfused.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert relative_error(all_gradients(fused), all_gradients(unfused)) < 1e-4
+
+
+def test_copies_and_pickles_are_fused_too_and_state_dicts_are_the_same(device):
+    net = small_net(device)
+    twins = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    for twin in twins:
+        norms = [module for module in twin.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert all(norm.fused for norm in norms)
+    plain_net = revmodels.set_fused(copy.deepcopy(net), False)
+    assert list(plain_net.state_dict()) == list(net.state_dict())
+    x = batch(4, 3, 8, 8, device=device).detach()
+    assert torch.equal(twins[0](x), net(x))
+    assert not torch.equal(plain_net(x), net(x))  # the order of the sums differs
 
 
 def test_in_a_cuda_graph(device):
@@ -328,6 +357,7 @@ def test_inside_of_a_chain_nothing_is_kept(device):
         blocks = [revcore.AdditiveCoupling(f, g) for f, g in zip(branches, branches, strict=True)]
         chain = revcore.ReversibleSequential(*blocks)
         chain.to(device, memory_format=torch.channels_last)
+        revmodels.set_fused(chain, True)
         with revcore.track_memory() as memory:
             loss = chain(x).sum()
             kept.append(memory.live_bytes)

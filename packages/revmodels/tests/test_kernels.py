@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from revmodels import kernels, passes
 
-integers = dict.fromkeys(["size", "width", "channels", "steps", "parts"], "i32")
+integers = dict.fromkeys(["size", "width", "channels", "steps", "parts", "rows"], "i32")
 floats = dict.fromkeys(["share", "momentum", "eps"], "fp32")
 tile = {"ROWS": passes.ROWS, "COLUMNS": passes.COLUMNS}
 parts = {"PARTS": passes.PARTS, "CHANNELS": passes.CHANNELS}

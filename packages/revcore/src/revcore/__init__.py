@@ -9,6 +9,7 @@ from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
 from revcore.memory import track_memory
 from revcore.randomness import no_randomness
+from revcore.recompute import recompute
 from revcore.remember import remember
 from revcore.sequential import ReversibleBlock, ReversibleSequential, set_reversing
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_invertible",
     "exp_adapter",
     "no_randomness",
+    "recompute",
     "remember",
     "set_reversing",
     "sigmoid_adapter",

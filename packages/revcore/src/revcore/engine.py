@@ -296,7 +296,7 @@ def _reverse_alone(
     kwargs: Mapping[str, Any],
 ) -> Tensor | Streams:
     split_dim = container.split_dim
-    tape = Tape() if container.reversing and _can_reverse() else None
+    tape = Tape() if container.reversing and can_reverse() else None
     call = _thread.call = _Call(tape, measures=container.log_det)
     try:
         call.expect(streams)
@@ -322,7 +322,8 @@ def keep(streams: Streams) -> None:
         _thread.call.tape.keep(streams)
 
 
-def _can_reverse() -> bool:
+def can_reverse() -> bool:
+    """Tells whether nodes of our own can be recorded."""
     # Without grad mode nothing is stored anyway. Transforms of torch.func and forward-mode
     # derivatives cannot see through an autograd.Function with a tape.
     return (

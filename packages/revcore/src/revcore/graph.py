@@ -48,9 +48,9 @@ def differentiate(
         return [None] * (len(leaves) + 1)
     if nodes is None or _walked.get(branch) != (nodes, len(wanted)):
         refuse_foreign_leaves(t, wanted, branch)
-        _warn_of_side_results(branch)
-        if nodes is not None:
-            _walked[branch] = (nodes, len(wanted))
+        if branch not in _walked:
+            _warn_of_side_results(branch)
+        _walked[branch] = (nodes or 0, len(wanted))
     if grad.dtype != t.dtype:
         grad = grad.to(t.dtype)
     # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:

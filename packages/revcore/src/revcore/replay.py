@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from revcore.autocast import autocast_as, autocast_now, no_autocast_cache
 from revcore.graph import differentiate
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, draw_nothing, get_states
 from revcore.remember import Memory
-from revcore.step import Pullback, Step
+from revcore.step import Pullback
 from revcore.versions import changed, version, versions
 
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
@@ -55,6 +55,17 @@ _Buffer = tuple[nn.Module, _Table, str, Tensor, int]
 _NOTHING: Mapping[int, Tensor] = {}
 
 
+class Runs(Protocol):
+    """What a replay has to know of a step."""
+
+    @property
+    def branch(self) -> nn.Module: ...
+    @property
+    def call(self) -> Callable[..., Tensor]: ...
+    @property
+    def grid(self) -> int | None: ...
+
+
 class Replay:
     """The first run of one branch on one input, and the means to repeat it.
 
@@ -72,7 +83,7 @@ class Replay:
     _buffers: Sequence[_Buffer] = ()
     _copies: Sequence[tuple[_Table, str, Tensor]] = ()
 
-    def __init__(self, step: Step, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, step: Runs, kwargs: Mapping[str, Any]) -> None:
         self._step = step
         self._kwargs = kwargs
         # Modules and parameters are read at call time, because a module may hold others at another
@@ -94,7 +105,9 @@ class Replay:
             if module._buffers:
                 if not (module.training and type(module) in BATCH_NORMS):
                     self._buffered.append(module)
-                elif module.track_running_stats:
+                else:
+                    # Also if it tracks nothing now: a branch around this one may have seen to that,
+                    # and be done when this one is repeated.
                     self._norms.append(module)
         if kwargs:
             tensors += [v for v in kwargs.values() if isinstance(v, Tensor)]

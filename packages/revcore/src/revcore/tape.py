@@ -43,9 +43,9 @@ class Saved:
         """
         if self._versions != tuple(version(stream) for stream in self._tensors):
             raise RuntimeError(
-                f"{self._what} of a reversible chain has been modified by an in-place operation, "
-                "so its activations cannot be reconstructed. Use the out-of-place version, such "
-                "as torch.relu(y) for y.relu_(), or modify y.clone()."
+                f"{self._what} has been modified by an in-place operation, so its activations "
+                "cannot be reconstructed. Use the out-of-place version, such as torch.relu(y) for "
+                "y.relu_(), or modify y.clone()."
             )
         return list(self._tensors)
 
@@ -70,7 +70,7 @@ class Tape:
 
     def keep(self, streams: Streams) -> None:
         """Keeps the streams as they stand now, as an exact point to restart from."""
-        self.anchors[len(self.records)] = Saved(streams, "a kept input")
+        self.anchors[len(self.records)] = Saved(streams, "a kept input of a reversible chain")
 
     def seal(self, outputs: Sequence[Tensor], *, overlap: bool) -> None:
         """Ends the recording.
@@ -80,7 +80,7 @@ class Tape:
             overlap: Whether to rebuild a step while the one after it is differentiated, if a CUDA
                 graph is being captured. Without one the GPU waits for Python, not for itself.
         """
-        self._outputs = Saved(outputs, "the output")
+        self._outputs = Saved(outputs, "the output of a reversible chain")
         if overlap and is_capturing(outputs[0].device):
             self._side = side_stream(outputs[0].device)
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from revcore import no_randomness
 from revmodels.batchnorm import batch_norm_relu
 from revmodels.branches import BlockKind, ConvNorm, batch_norm, conv, expansion, make_branch
 
 
+@no_randomness
 class ResidualBlock(nn.Module):
     """Creates an ordinary residual block, `shortcut(x) + branch(x)`.
 
@@ -113,7 +115,10 @@ class Network(nn.Module, ABC):
             Logits, shape `(N, num_classes)`.
         """
         x = self.stages(self.stem(x))
-        x = batch_norm_relu(self.norm, x, cast=False)
+        return self.classify(batch_norm_relu(self.norm, x, cast=False))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Maps the last activations `(N, C, H, W)` to logits."""
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from revmodels import kernels
 
-# A tile of the passes over the batch, rows by columns, and the threads that share it.
-ROWS = 32
+# A tile of the passes over the batch, rows by columns, and the warps that share it. With more rows
+# a multiprocessor has registers for one program of `gradient_sums` only.
+ROWS = 16
 COLUMNS = 128
 WARPS = 8
 # Programs of the first stage of a sum: enough to occupy a GPU, few enough to be added up by one.
@@ -75,15 +76,15 @@ def statistics(
     """
     size, channels = x.numel(), x.shape[1]
     width, _, steps, parts, fold, rows = _lay_out(size, channels)
-    partial = torch.empty((3, rows * channels), dtype=torch.float32, device=x.device)
+    partial = torch.empty(2 * rows * channels, dtype=torch.float32, device=x.device)
     result = torch.empty((2, channels), dtype=torch.float32, device=x.device)
     kernels.moments[parts](
-        *(x, *partial.unbind(), size, width, steps, ROWS, COLUMNS, fold), num_warps=WARPS
+        *(x, partial, size, width, channels, steps, ROWS, COLUMNS, fold), num_warps=WARPS
     )
     tracked = running or (result, result, result)
     mean, inverse = result.unbind()
     kernels.merge_moments[(triton.cdiv(channels, CHANNELS),)](
-        *(*partial.unbind(), mean, inverse, *tracked, rows, channels, momentum, eps),
+        *(x, partial, mean, inverse, *tracked, size // channels, rows, channels, momentum, eps),
         *(running is not None, PARTS, CHANNELS),
         num_warps=MERGE_WARPS,
     )
@@ -141,15 +142,15 @@ def gradients(
     """
     size, channels = x.numel(), x.shape[1]
     width, tiles, steps, parts, fold, rows = _lay_out(size, channels)
-    partial = torch.empty((2, rows * channels), dtype=torch.float32, device=x.device).unbind()
+    partial = torch.empty(2 * rows * channels, dtype=torch.float32, device=x.device)
     grad_weight, grad_bias = map(torch.empty_like, affine)
     common = (grad, x, mean, inverse, *affine)
     sizes = (size, width, channels)
     kernels.gradient_sums[parts](
-        *(*common, *partial, *sizes, steps, relu, ROWS, COLUMNS, fold), num_warps=WARPS
+        *(*common, partial, *sizes, steps, relu, ROWS, COLUMNS, fold), num_warps=WARPS
     )
     kernels.merge_sums[(triton.cdiv(channels, CHANNELS),)](
-        *(*partial, grad_bias, grad_weight, rows, channels, PARTS, CHANNELS),
+        *(partial, grad_bias, grad_weight, rows, channels, PARTS, CHANNELS),
         num_warps=MERGE_WARPS,
     )
     if not needs_x:
