@@ -71,6 +71,7 @@ def fill(text: str) -> str:
         "alternatives": alternatives,
         "batches": batches,
         "cells": cells,
+        "chaos": chaos,
         "depth": depth,
         "digits": digits,
         "kernels": kernels,
@@ -334,6 +335,29 @@ def loaders() -> str:
             f"`{record['command']}`:\n\n{table(header, rows)}"
         )
     return "\n\n".join(parts)
+
+
+def chaos() -> str:
+    """Returns what was killed, damaged and lost, and what a checkpoint costs."""
+    record = read("chaos.json")
+
+    def kills(name: str, value: Any) -> int:
+        return sum(hit["kills"] for hit in record["hits"] if hit[name] == value)
+
+    where = [kills("where", phase) for phase in ("start", "training", "saving", "evaluation")]
+    last = record["checkpoints"][-1]
+    return (
+        f"On {hardware(record)}, by `{record['command']}`: {record['kills']} kills "
+        f"({kills('how', 'SIGKILL')} by SIGKILL, {kills('how', 'SIGTERM')} by SIGTERM; "
+        f"{kills('processes', 1)} of one process, {kills('processes', 2)} of two) hit "
+        f"{record['runs']} runs: {where[0]} while they started, {where[1]} in training, "
+        f"{where[2]} while they saved, {where[3]} in evaluation, {kills('where', 'finishing')} "
+        f"while they wrote their results. {record['lost'] or 'No'} run ended with other bits. All "
+        f"{len(record['damages'])} kinds of damage that were tried were refused. A checkpoint of "
+        f"{last['model']} ({last['parameters']:,} parameters, "
+        f"{last['checkpoint_bytes'] / 1e6:.1f} MB) took {last['save_seconds']:.2f} s to save and "
+        f"{last['verify_and_load_seconds']:.2f} s to check and load."
+    )
 
 
 def caption() -> str:
