@@ -29,7 +29,8 @@ from revtrain.step import TrainStep
 
 # The first that matches a kernel's name.
 KINDS = {
-    "batch norm": r"batch_?norm|bn_(fw|bw)|welford",
+    "batch norm": r"batch_?norm|bn_(fw|bw)|welford|^(merge_)?(moments|sums)|^normalize"
+    r"|^gradient_sums|^input_gradient",
     "convolution": r"conv|xmma|cutlass|implicit|gemm|wgrad|dgrad|fprop|winograd|sm\d+_",
     "transpose": r"nchw|nhwc|transpose",
     "optimizer, mask": r"multi_tensor|foreach|fused_sgd|lpnorm",

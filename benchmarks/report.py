@@ -1,7 +1,7 @@
 """Writes the pictures and tables of the documents from the records in benchmarks/results.
 
-Usage: `python benchmarks/report.py`; with `--check` it changes nothing, and fails if a table is not
-that of the records.
+Usage: `python benchmarks/report.py`; with `--check` it changes nothing, and fails if a table or a
+picture is not that of the records.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import figures
+
 from revtrain.memory import DepthCost, StepCost
-from revtrain.plots import plot_memory
 
 # The better of two, in %: Gomez et al. (2017) and MemCNN (van de Leemput et al., 2019).
 PUBLISHED = {
@@ -34,14 +35,7 @@ PUBLISHED = {
 }
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "docs" / "index.md",
-    ROOT / "docs" / "benchmarks.md",
-    ROOT / "docs" / "when-not.md",
-    ROOT / "docs" / "packages" / "revdata.md",
-    ROOT / "docs" / "training" / "processes.md",
-]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> None:
@@ -57,27 +51,35 @@ def main() -> None:
         stale.append(document.name)
         if not check:
             document.write_text(new, encoding="utf-8")
+    if not check:
+        figures.draw()
+    stale += figures.stale()
     if check and stale:
         sys.exit(f"{', '.join(stale)} differ from the records: run python benchmarks/report.py")
-    if not check:
-        record = read("depth.json")
-        plot_memory(costs(record), record["model"], [ROOT / "docs" / "assets" / "memory.svg"])
 
 
 def fill(text: str) -> str:
     """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->`."""
     tables = {
         "caption": caption,
+        "chaos": chaos,
         "alternatives": alternatives,
         "batches": batches,
         "cells": cells,
-        "chaos": chaos,
+        "curves": curves,
         "depth": depth,
         "digits": digits,
         "kernels": kernels,
         "loaders": loaders,
         "overhead": overhead,
+        "errors": errors,
+        "gradients": gradients,
+        "numerics": numerics_caption,
+        "pitch": pitch,
+        "published": published,
         "runs": runs,
+        "single": lambda: runs(link=False),
+        "twins": twins,
         "steps": steps,
         "several": several_gpus,
     }
@@ -89,7 +91,7 @@ def fill(text: str) -> str:
     return re.sub(pattern, replacement, text, flags=re.DOTALL)
 
 
-def runs() -> str:
+def runs(*, link: bool = True) -> str:
     """Returns all runs: what was trained on what, and what came of it."""
     rows = []
     for file in sorted(RESULTS.glob("*/summary.json")):
@@ -103,7 +105,7 @@ def runs() -> str:
         )
         rows.append(
             [
-                f"[{summary['model']}]({folder}){changed}",
+                (f"[{summary['model']}]({folder})" if link else summary["model"]) + changed,
                 f"{summary['parameters']:,}",
                 summary["data"],
                 f"{summary['test_accuracy'] * 100:.2f} %",
@@ -299,6 +301,75 @@ def cells() -> str:
     return table(header, rows) + (failed if failures else "")
 
 
+def chaos() -> str:
+    """Returns how many kills training survived."""
+    record = read("chaos.json")
+
+    def count(**wanted: Any) -> int:
+        found = [hit for hit in record["hits"] if wanted.items() <= hit.items()]
+        return sum(hit["kills"] for hit in found)
+
+    kills = count()
+    if record["lost"] or kills != record["kills"]:
+        raise ValueError(f"{record['lost']} runs were lost, or kills were miscounted")
+    names = {
+        "start": "while it started",
+        "training": "in training",
+        "saving": "while it saved",
+        "evaluation": "in evaluation",
+        "finishing": "while it wrote its results",
+    }
+    places = ", ".join(f"{count(where=place)} {name}" for place, name in names.items())
+    if sum(count(where=place) for place in names) != kills:
+        raise ValueError(f"kills at other places than {', '.join(names)}")
+    largest = record["checkpoints"][-1]
+    return (
+        f"In that record {kills} kills ({count(how='SIGKILL')} by SIGKILL, {count(how='SIGTERM')} "
+        f"by SIGTERM; {count(processes=1)} of one process, {count(processes=2)} of two) hit "
+        f"{record['runs']} runs: {places}. No run ended with other bits. All "
+        f"{len(record['damages'])} kinds of damage that were tried were refused. A checkpoint of "
+        f"{largest['model']} ({largest['parameters']:,} parameters, "
+        f"{largest['checkpoint_bytes'] / 1e6:.1f} MB) took {largest['save_seconds']:.2f} s to save "
+        f"and {largest['verify_and_load_seconds']:.2f} s to check and load, on {hardware(record)}."
+    )
+
+
+def published() -> str:
+    """Returns the accuracies of the papers."""
+    models = [model for data, model in PUBLISHED if data == "cifar10"]
+    rows = [
+        [model]
+        + [f"{value:.2f}" for data in ("cifar10", "cifar100") for value in PUBLISHED[data, model]]
+        for model in models
+    ]
+    header = "network, CIFAR-10: Gomez et al., MemCNN, CIFAR-100: Gomez et al., MemCNN"
+    return table(header, rows)
+
+
+def curves() -> str:
+    """Returns the learning curves of the data sets that there are runs of."""
+    return "\n\n".join(
+        f"![Test accuracy over the epochs, {data}](assets/figures/curves-{data}-{theme}.svg"
+        f"#only-{theme})"
+        for data in ("cifar10", "cifar100")
+        if figures.source(f"curves-{data}")
+        for theme in figures.THEMES
+    )
+
+
+def twins() -> str:
+    """Returns whether reversed and stored training end with the same bits."""
+    record = read("twins-fixed-point-h100.json")
+    steps = len(record["losses_reversed"])
+    if record["first_difference"] is not None or record["largest_weight_difference"] != 0:
+        raise ValueError("the twins differ")
+    return (
+        f"{title(record)} with the fixed-point scheme was trained twice for {steps:,} steps on "
+        f"{record['data']}, once reversed and once stored. The losses of all steps are the same "
+        f"bits, and so are all weights at the end ({machine(record)}, by `{record['command']}`)."
+    )
+
+
 def digits() -> str:
     """Returns what the main job ends with."""
     folder = "revnet38-digits-cpu"
@@ -337,29 +408,6 @@ def loaders() -> str:
     return "\n\n".join(parts)
 
 
-def chaos() -> str:
-    """Returns what was killed, damaged and lost, and what a checkpoint costs."""
-    record = read("chaos.json")
-
-    def kills(name: str, value: Any) -> int:
-        return sum(hit["kills"] for hit in record["hits"] if hit[name] == value)
-
-    where = [kills("where", phase) for phase in ("start", "training", "saving", "evaluation")]
-    last = record["checkpoints"][-1]
-    return (
-        f"On {hardware(record)}, by `{record['command']}`: {record['kills']} kills "
-        f"({kills('how', 'SIGKILL')} by SIGKILL, {kills('how', 'SIGTERM')} by SIGTERM; "
-        f"{kills('processes', 1)} of one process, {kills('processes', 2)} of two) hit "
-        f"{record['runs']} runs: {where[0]} while they started, {where[1]} in training, "
-        f"{where[2]} while they saved, {where[3]} in evaluation, {kills('where', 'finishing')} "
-        f"while they wrote their results. {record['lost'] or 'No'} run ended with other bits. All "
-        f"{len(record['damages'])} kinds of damage that were tried were refused. A checkpoint of "
-        f"{last['model']} ({last['parameters']:,} parameters, "
-        f"{last['checkpoint_bytes'] / 1e6:.1f} MB) took {last['save_seconds']:.2f} s to save and "
-        f"{last['verify_and_load_seconds']:.2f} s to check and load."
-    )
-
-
 def caption() -> str:
     """Returns how the numbers of the picture came about."""
     record = read("depth.json")
@@ -372,6 +420,24 @@ def caption() -> str:
         f"{first.stored.activation_bytes / 1e6:,.0f} to {last.stored.activation_bytes / 1e6:,.0f} "
         f"MB stored, and from {first.reversing.activation_bytes / 1e6:,.1f} to "
         f"{last.reversing.activation_bytes / 1e6:,.1f} MB reversed."
+    )
+
+
+def pitch() -> str:
+    """Returns the same in one sentence."""
+    record = read("depth.json")
+    first, last = costs(record)[0], costs(record)[-1]
+    stored, reversed_ = (
+        [getattr(cost, way).activation_bytes / 1e6 for cost in (first, last)]
+        for way in ("stored", "reversing")
+    )
+    if round(reversed_[0], 1) != round(reversed_[1], 1):
+        raise ValueError(f"what is kept is not flat: {reversed_}")
+    return (
+        f"From {first.layers} to {last.layers} layers, what a training step keeps grows from "
+        f"{stored[0]:,.0f} to {stored[1]:,.0f} MB when it is stored, and stays at "
+        f"{reversed_[0]:,.1f} MB when it is reversed: {record['model']} with more and more blocks, "
+        f"a batch of {record['batch'][0]} images, {hardware(record)}."
     )
 
 
@@ -414,6 +480,48 @@ def alternatives() -> str:
         f"`{record['command']}`:\n\n"
         + table("way, kept MB, peak MB, time of a step / that of storing", rows)
     )
+
+
+def errors() -> str:
+    """Returns the errors of reconstruction, by scheme and depth."""
+    found = read("numerics.json")["rows"]
+    depths = sorted({row["depth"] for row in found})
+    rows = []
+    for way in dict.fromkeys(row["way"] for row in found):
+        by_depth = {row["depth"]: row["stream"] for row in found if row["way"] == way}
+        rows.append([way.replace(",", ";"), *(scientific(by_depth[depth]) for depth in depths)])
+    return table(", ".join(["scheme; streams; branches", *map(str, depths)]), rows)
+
+
+def gradients() -> str:
+    """Returns the errors of gradients, reversed and stored, at one depth."""
+    found = [row for row in read("numerics.json")["rows"] if row["depth"] == 64]
+    rows = [
+        [
+            row["way"].replace(",", ";"),
+            *(scientific(row[f"gradient_{way}"]) for way in ("stored", "reversed")),
+        ]
+        for row in found
+    ]
+    return table("scheme; streams; branches, stored, reversed", rows)
+
+
+def numerics_caption() -> str:
+    """Returns how the errors were measured."""
+    record = read("numerics.json")
+    batch = "x".join(map(str, record["batch"]))
+    return (
+        f"Measured with a batch of {batch}, branches of two 3x3 convolutions with BatchNorm and "
+        f"ReLU, fresh weights, the median of {record['seeds']} seeds; anchors at every "
+        f"{record['anchor_every']}th block; on {hardware(record)}, by `{record['command']}`."
+    )
+
+
+def scientific(error: float | None) -> str:
+    # Above one nothing is right, and how wrong it is does not matter.
+    if error is None or error > 1:
+        return "> 1"
+    return "0" if error == 0 else f"{error:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
 def cost_table(record: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """The ways to train one RevNet that are compared: ours, other libraries, torch's checkpointing.
 
 All ways run the same branches with the same initial weights, inside of the same stem, transitions
-and head; what differs is the container that runs a stage's blocks.
+and head; what differs is the container that runs a stage's blocks. Other libraries run torch's
+BatchNorm and autocast, as their users do; revmodels' kernels are for the ways that say so, in a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -68,6 +70,17 @@ def by_sqrt(pairs: Sequence[Pair]) -> nn.Module:
     return Checkpointed(pairs, max(1, math.isqrt(len(pairs))))
 
 
+class PlainBatchNorm2d(nn.BatchNorm2d):
+    """What revmodels' kernels do not know, so that torch's run."""
+
+
+class PlainConv2d(nn.Conv2d):
+    """What revtrain does not cast ahead: other libraries repeat branches without autocast."""
+
+
+PLAIN = {nn.BatchNorm2d: PlainBatchNorm2d, nn.Conv2d: PlainConv2d}
+
+
 class Copy(nn.Module):
     """Gives MemCNN an input of its own, whose storage it may free: the ReLU before needs its own.
 
@@ -98,6 +111,12 @@ def by_revlib(pairs: Sequence[Pair]) -> nn.Module:
     return revlib.ReversibleSequential(*(branch for pair in pairs for branch in pair))
 
 
+def without_overlap(pairs: Sequence[Pair]) -> nn.Module:
+    chain = revcore.ReversibleSequential(*(revcore.AdditiveCoupling(f, g) for f, g in pairs))
+    chain.overlap = False
+    return chain
+
+
 def by_fixed_point(pairs: Sequence[Pair]) -> nn.Module:
     return revcore.ReversibleSequential(*(revcore.FixedPointCoupling(f, g) for f, g in pairs))
 
@@ -110,15 +129,20 @@ class Way:
         chain: Makes a container from pairs of branches; None for revmodels' own.
         reversing: Whether a container of revcore reverses.
         package: The library that has to be there.
+        tuned: Whether BatchNorm and ReLU run in revmodels' kernels, where there are any, and the
+            weights of convolutions are cast at once.
         compiled: Whether the whole net is compiled.
         budget: Share of the activations that the compiler may keep.
+        recompute: Whether what is not reversible is recomputed.
     """
 
     chain: Chain | None = None
     reversing: bool = True
     package: str | None = None
+    tuned: bool = True
     compiled: bool = False
     budget: float | None = None
+    recompute: bool = False
 
     @property
     def absent(self) -> str | None:
@@ -131,6 +155,10 @@ class Way:
         """Makes the network; equal seeds give equal weights for all ways."""
         torch.manual_seed(seed)
         net = spec.build(reversing=self.reversing)
+        net.recompute = self.recompute  # type: ignore[assignment]
+        if not self.tuned:
+            for module in net.modules():
+                module.__class__ = PLAIN.get(type(module), type(module))
         if self.chain is not None:
             for stage in net.modules():
                 if isinstance(stage, ReversibleStage) and len(stage.chain):
@@ -152,12 +180,16 @@ class Way:
 WAYS = {
     "stored": Way(reversing=False),
     "revcore": Way(),
+    "revcore, no overlap": Way(without_overlap),
+    "revcore, recomputed": Way(recompute=True),
+    "revcore, recomputed, no overlap": Way(without_overlap, recompute=True),
     "revcore, fixed point": Way(by_fixed_point),
-    "MemCNN": Way(by_memcnn, package="memcnn"),
-    "RevTorch": Way(by_revtorch, package="revtorch"),
-    "RevLib": Way(by_revlib, package="revlib"),
-    "checkpoint by block": Way(by_block),
-    "checkpoint in sqrt segments": Way(by_sqrt),
+    "MemCNN": Way(by_memcnn, package="memcnn", tuned=False),
+    "RevTorch": Way(by_revtorch, package="revtorch", tuned=False),
+    "RevLib": Way(by_revlib, package="revlib", tuned=False),
+    "checkpoint by block": Way(by_block, tuned=False),
+    "checkpoint in sqrt segments": Way(by_sqrt, tuned=False),
+    "stored, torch's BatchNorm": Way(reversing=False, tuned=False),
     "stored, compiled": Way(reversing=False, compiled=True),
     "revcore, compiled": Way(compiled=True),
     "stored, compiled, budget 0.3": Way(reversing=False, compiled=True, budget=0.3),
@@ -179,7 +211,7 @@ def block_modes(net: nn.Module) -> dict[str, str]:
         if not isinstance(stage, ReversibleStage):
             continue
         if not isinstance(stage.transition, nn.Identity):
-            modes[f"{name}.transition"] = "stored"
+            modes[f"{name}.transition"] = "recomputed" if net.recompute else "stored"
         chain = stage.chain
         if not isinstance(chain, revcore.ReversibleSequential):
             modes[f"{name}.chain"] = f"by {type(chain).__module__}.{type(chain).__name__}"

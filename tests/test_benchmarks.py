@@ -108,6 +108,20 @@ def test_fixed_point_twins_are_the_same(run_here, tmp_path):
     assert len(set(record["losses_reversed"])) == 8
 
 
+def test_numerics_knows_what_is_exact(run_here, tmp_path):
+    output = tmp_path / "numerics.json"
+    options = ("--depths", 2, 9, "--seeds", 1, "--output", output)
+    assert run_here("numerics.py", *options)[0] == 0
+    found = {(row["way"], row["depth"]): row for row in json.loads(output.read_text())["rows"]}
+    for (way, _), row in found.items():
+        if way.startswith("fixed point"):
+            assert row["stream"] == 0
+            assert row["gradient_reversed"] == row["gradient_stored"]
+    assert 0 < found["additive, float32", 2]["stream"] < found["additive, bf16", 2]["stream"] < 0.1
+    short, long = (found["additive, float32, bf16 branches" + end, 9] for end in (", anchors", ""))
+    assert short["stream"] < long["stream"]
+
+
 def test_several_processes_share_a_network_in_all_ways(tmp_path):
     output = tmp_path / "several.json"
     options = ("--cpu", "--parts", "speed", "--models", "revnet38", "--output", output)

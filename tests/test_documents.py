@@ -13,7 +13,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "packages/*/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
 # Any spelling that a reader would see as Python. Sybil runs the plain one, "```python", alone. A

@@ -114,11 +114,7 @@ def test_inverse_and_invertible_modules():
     x = torch.randn(3, 8, dtype=torch.float64)
     twin = revcore.set_reversing(copy.deepcopy(chain), False)
     assert_same(gradients(compiled(chain), chain, x), gradients(twin, twin, x))
-    straight = chain[0]
-    assert_same(
-        gradients(compiled(straight.inverse), straight, x),
-        gradients(twin[0].inverse, twin[0], x),
-    )
+    assert_same(gradients(compiled(chain.inverse), chain, x), gradients(twin.inverse, twin, x))
 
 
 def kept_bytes(depth):

@@ -2,12 +2,14 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_same, gradients, loss_of, make_case
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import revcore
 
@@ -351,3 +353,80 @@ def test_eight_threads_over_one_graph(device):
     assert len(results) == 8
     for result in results:
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("parts", ["", "1", "1.coupling.f"])
+@pytest.mark.parametrize("before", [True, False])
+def test_parameters_that_are_frozen_or_trained_from_after_forward(parts, before, device):
+    chain = chain_of(linear, device=device)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+
+    def step(chain):
+        chain.zero_grad()
+        chain.requires_grad_(True)
+        chain.get_submodule(parts).requires_grad_(before)
+        y = chain(x.clone().requires_grad_())
+        chain.get_submodule(parts).requires_grad_(not before)
+        loss_of(y).backward()
+        return {name: p.grad for name, p in chain.named_parameters()}
+
+    assert_same(*both_modes(chain, step))
+
+
+def test_lazy_modules_are_refused_until_they_have_seen_an_input(device):
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(nn.LazyLinear(4))).to(device)
+    x = torch.randn(6, 8, device=device)
+    with pytest.raises(RuntimeError, match=r"LazyLinear has lazy parameters.*no_grad"):
+        chain(x)
+    with torch.no_grad():
+        chain(x)
+    chain(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in chain.parameters())
+
+
+def test_floating_point_operations_can_be_counted(device):
+    chain = chain_of(linear, device=device)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device, requires_grad=True)
+    counts = []
+    for reversing in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            revcore.set_reversing(chain, reversing)(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] / counts[1] == pytest.approx(4 / 3)
+
+
+class Auxiliary(nn.Linear):
+    """Leaves a result where the caller finds it, as routers leave the loss that balances them."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.balance = y.square().mean()
+        return y
+
+
+def test_a_result_that_a_branch_leaves_in_an_attribute_is_named(device):
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Auxiliary(4, 4))).to(device)
+    x = torch.randn(6, 8, device=device)
+    with pytest.warns(UserWarning, match="Auxiliary leaves a result in its attribute 'balance'"):
+        chain(x).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain(x).sum().backward()  # once is enough
+        revcore.set_reversing(chain, False)(x).sum().backward()
+        branches = [nn.utils.spectral_norm(nn.Linear(4, 4)) for _ in range(2)]
+        block = revcore.ReversibleBlock(*branches).to(device)
+        block(x).sum().backward()  # its weight is such an attribute, of its own parameter
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_traced_branches(device):
+    example = torch.randn(6, 4, dtype=torch.float64, device=device)
+    branches = [torch.jit.trace(linear().to(example), example) for _ in range(2)]
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(*branches))
+
+    def step(chain):
+        chain.zero_grad()
+        loss_of(chain(torch.cat((example, example), 1))).backward()
+        return {name: p.grad.clone() for name, p in chain.named_parameters()}
+
+    assert_same(*both_modes(chain, step))

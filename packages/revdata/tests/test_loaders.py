@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdata import ArgumentError, DeviceLoader, ImageSet, TorchLoader, epoch_order
+from revdata.order import CUT_COLUMN, CUT_ROW, random_below
 
 LOADERS = {
     "device": DeviceLoader,
@@ -73,6 +74,8 @@ def test_test_images_are_never_augmented(make, split):
     dataset = image_set(split=split)
     with pytest.raises(ArgumentError, match="never augmented"):
         make(dataset, 16, augment=True, shuffle=False)
+    with pytest.raises(ArgumentError, match="set cutout to 0"):
+        make(dataset, 16, augment=False, cutout=2, shuffle=False)
     x, y = epoch_of(make(dataset, 16, augment=False, shuffle=False), 7)
     assert y.tolist() == list(range(50))
     torch.testing.assert_close(x, normalized(dataset), rtol=1e-5, atol=1e-5)
@@ -128,6 +131,27 @@ def test_augmentations_of_all_loaders_have_one_distribution():
         assert ((count - 100) ** 2 / 100).sum() < 234
     device, torchs = counts.values()
     assert ((device - torchs) ** 2 / (device + torchs)).sum() < 234
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_cutout_erases_one_square(make, device, side, augment):
+    """Around any pixel, so that it may stick out; all else stays as it was."""
+    options = {"augment": augment, "shuffle": True, "seed": 4, "device": device}
+    dataset = image_set(2000)
+    height, width = dataset.images.shape[2:]
+    whole, _ = epoch_of(make(dataset, 500, **options), 3)
+    cut, _ = epoch_of(make(dataset, 500, cutout=side, **options), 3)
+    order = epoch_order(2000, seed=4, epoch=3, shuffle=True)
+    rows = random_below(height, 4, CUT_ROW, 3, index=order)
+    columns = random_below(width, 4, CUT_COLUMN, 3, index=order)
+    assert {(int(r), int(c)) for r, c in zip(rows, columns, strict=True)} == {
+        (r, c) for r in range(height) for c in range(width)
+    }
+    for x, y, row, column in zip(whole.cpu(), cut.cpu(), rows, columns, strict=True):
+        top, left = int(row) - side // 2, int(column) - side // 2
+        x[:, max(top, 0) : top + side, max(left, 0) : left + side] = 0
+        assert torch.equal(x, y)
 
 
 def test_one_sample_is_augmented_otherwise_in_each_epoch(make):
@@ -278,11 +302,12 @@ def test_the_images_stay_as_they_are(make):
         ({"batch_size": 10, "world_size": 4}, "multiple of 4"),
         ({"batch_size": 8, "world_size": 2, "rank": 2}, r"rank \(=2\)"),
         ({"batch_size": 51, "drop_last": True}, "take at most 50"),
+        ({"cutout": -1}, r"cutout \(=-1\) must not be negative"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(make, options, message):
     with pytest.raises(ArgumentError, match=message) as caught:
-        make(image_set(), **{"augment": False, "shuffle": False, **options})
+        make(image_set(), **{"batch_size": 5, "augment": False, "shuffle": False, **options})
     assert "\n" not in str(caught.value)
 
 
@@ -307,13 +332,15 @@ class Operations(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("cutout", [0, 3])
 @pytest.mark.parametrize("augment", [True, False])
-def test_the_device_loader_makes_a_batch_in_a_handful_of_operations(device, augment):
+def test_the_device_loader_makes_a_batch_in_a_handful_of_operations(device, augment, cutout):
     loader = DeviceLoader(
         image_set(),
         10,
         device=device,
         augment=augment,
+        cutout=cutout,
         shuffle=True,
         memory_format=torch.channels_last,
     )
@@ -322,7 +349,8 @@ def test_the_device_loader_makes_a_batch_in_a_handful_of_operations(device, augm
     with Operations() as operations:
         next(batches)
     masks = ["bitwise_and", "mul_"] if augment else []
-    assert operations.names == ["index", "addcmul", *masks]
+    square = ["bitwise_and", "masked_fill_"] if cutout else []
+    assert operations.names == ["index", "addcmul", *masks, *square]
 
 
 def test_the_device_loader_makes_the_same_batches_on_every_device(device):

@@ -54,9 +54,10 @@ def small(block="basic", **kwargs):
     return revmodels.RevNet(block, (2, 3, 2), (8, 8, 16, 12), 5, **kwargs)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_reversing_computes_what_storing_computes(block):
-    reversing = small(block).double()
+def test_reversing_computes_what_storing_computes(block, recompute):
+    reversing = small(block, recompute=recompute).double()
     stored = small(block, reversing=False).double()
     x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     logits = []
@@ -92,15 +93,16 @@ def test_the_loss_curve_is_the_same():
 @pytest.mark.parametrize("name", REVNETS)
 def test_switching_by_argument(name):
     for enabled in (True, False):
-        net = revmodels.create_model(name, reversing=enabled)
+        net = revmodels.create_model(name, reversing=enabled, recompute=enabled)
+        assert net.recompute == enabled
         chains = [m for m in net.modules() if isinstance(m, revcore.ReversibleSequential)]
         assert chains
         assert all(chain.reversing == enabled for chain in chains)
 
 
-def activations(blocks, *, reversing):
+def activations(blocks, **kwargs):
     torch.manual_seed(0)
-    net = revmodels.RevNet("basic", (blocks,) * 3, (8, 8, 16, 32), reversing=reversing)
+    net = revmodels.RevNet("basic", (blocks,) * 3, (8, 8, 16, 32), **kwargs)
     x = torch.randn(4, 3, 16, 16)
     with revcore.track_memory() as memory:
         loss = net(x).sum()
@@ -115,6 +117,24 @@ def test_activation_memory_does_not_grow_with_depth():
     assert deep == shallow
     shallow, deep = (activations(blocks, reversing=False) for blocks in (2, 12))
     assert deep > 4 * shallow
+
+
+def test_what_is_recomputed_keeps_the_outputs_of_the_chains():
+    streams = 4 * 4 * (8 * 16 * 16 + 16 * 8 * 8 + 32 * 4 * 4)  # float32, a batch of 4
+    kept = [activations(blocks, reversing=True, recompute=True) for blocks in (2, 12)]
+    assert kept[0] == kept[1]
+    assert streams <= kept[0] < 1.2 * streams
+    assert activations(2, reversing=True) > 2 * kept[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hooks_run_where_parts_are_recomputed(recompute):
+    net, seen = small(recompute=recompute), []
+    for name, module in net.named_modules():
+        if type(module) is not torch.nn.Sequential:
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    net(torch.randn(2, 3, 8, 8))
+    assert {"stages.0", "stages.1.transition", "stages.2.chain", "norm", "stem.0"} <= {*seen}
 
 
 def test_streams_stay_float32_under_autocast():

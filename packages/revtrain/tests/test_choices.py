@@ -89,6 +89,7 @@ def test_every_key_of_a_recipe_is_a_flag(command, monkeypatch, field):
         "decay": "all",
         "label_smoothing": 0.2,
         "augment": True,
+        "cutout": 7,
     }
     value = values[field.name]
     seen = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import revmodels
 import revtrain
 from revtrain.capture import why_not_capture
 from revtrain.launch import make_accelerator
@@ -180,8 +181,35 @@ def test_what_cannot_be_captured_is_named():
     assert why_not_capture(net) is None
 
 
-@needs_cuda
+@pytest.fixture
+def always_fused(monkeypatch):
+    """The kernels of a captured step, also for one that is launched from Python."""
+    monkeypatch.setattr("revtrain.step.set_fused", lambda net, _: revmodels.set_fused(net, True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("graph", [True, False])
+def test_batch_norm_is_fused_where_a_graph_will_be_made(device, graph):
+    run = Run(device, graph=graph)
+    norms = [module for module in run.net.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {norm.fused for norm in norms} == {graph and device == "cuda"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reversing", [True, False], ids=["reversing", "stored"])
 @pytest.mark.usefixtures("deterministic")
+def test_weights_that_are_cast_at_once_give_the_same_bits(device, reversing):
+    runs = [Run(device, "bf16", reversing) for _ in range(2)]
+    assert len(runs[0].step._weights._copies) > 10
+    runs[1].step._weights = None
+    losses = [[run.take(*run.batch()) for _ in range(STEPS)] for run in runs]
+    assert losses[0] == losses[1]
+    assert all(map(torch.equal, *(run.state() for run in runs)))
+    assert {p.dtype for p in runs[0].net.parameters()} == {torch.float32}
+
+
+@needs_cuda
+@pytest.mark.usefixtures("deterministic", "always_fused")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("reversing", [True, False], ids=["reversing", "stored"])
 def test_a_graph_gives_the_same_bits(precision, reversing):
@@ -196,7 +224,7 @@ def test_a_graph_gives_the_same_bits(precision, reversing):
 
 
 @needs_cuda
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("deterministic", "always_fused")
 def test_another_shape_is_no_replay_and_leaves_the_graph_whole():
     sizes = [16, 16, 16, 16, 16, 7, 16, 16]
     losses = []
@@ -251,7 +279,7 @@ def test_float16_that_stays_bad_is_an_error():
 
 
 @needs_cuda
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("deterministic", "always_fused")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_run_with_graphs_has_the_loss_curve_of_one_without(train, precision):
     options = {"cpu": False, "mixed_precision": precision, "batch_size": 100}

@@ -6,12 +6,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from conformance.adapters import Adapter, CannotAskError
 from conformance.catalog import ADAPTERS
-from conformance.questions import Observed, compare, first_line, question
+from conformance.questions import Observed, WrongError, compare, first_line, question
 from conformance.ranks import WORLD, on_two_processes
 from conformance.subject import Maker, Subject, loss_of, mlp, normed
 
@@ -67,6 +69,39 @@ def ddp_static_graph(adapter: Adapter, device: torch.device) -> Observed:
 def ddp_bucket_view(adapter: Adapter, device: torch.device) -> Observed:
     """DistributedDataParallel with `gradient_as_bucket_view`."""
     return _ask_ddp(adapter, device, gradient_as_bucket_view=True)
+
+
+def _overlap(rank: int, name: str, device: torch.device) -> None:
+    """Notes when buckets leave and when the first block's gradients are ready."""
+    del rank
+    subject = Subject(ADAPTERS[name], device, shape=(6, 4), depth=6)
+    events: list[str] = []
+    next(subject.pairs[0][0].parameters()).register_hook(lambda _: events.append("first block"))
+    whole, dist._DEFAULT_FIRST_BUCKET_BYTES = dist._DEFAULT_FIRST_BUCKET_BYTES, 64
+    try:
+        net = DistributedDataParallel(subject.net, bucket_cap_mb=1e-4)
+    finally:
+        dist._DEFAULT_FIRST_BUCKET_BYTES = whole
+
+    def communicate(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        events.append("bucket")
+        return allreduce_hook(state, bucket)  # type: ignore[arg-type]
+
+    communicate.__annotations__.clear()  # DDP looks at them, and would find strings
+    net.register_comm_hook(None, communicate)
+    for _ in range(2):  # the buckets are made anew after the first step
+        events.clear()
+        loss_of(net(subject.x.clone())).backward()
+    before = events.index("first block")
+    if before < 5:
+        raise WrongError(f"{before} of {len(events) - 1} all-reduces before the first block's turn")
+
+
+@question(THEME, alone=True)
+def ddp_overlap(adapter: Adapter, device: torch.device) -> Observed:
+    """DistributedDataParallel sends the last blocks' gradients before the first's are ready."""
+    on_two_processes(_overlap, adapter.name, device)
+    return {}
 
 
 @question(THEME, alone=True)

@@ -129,6 +129,17 @@ def frozen_prefix(adapter: Adapter, device: torch.device) -> Observed:
 
 
 @question(THEME)
+def frozen_between(adapter: Adapter, device: torch.device) -> Observed:
+    """A block is frozen between forward and backward."""
+    subject = Subject(adapter, device)
+    y = subject()
+    for branch in subject.pairs[1]:
+        branch.requires_grad_(False)
+    loss_of(y).backward()
+    return subject.observe(output=y)
+
+
+@question(THEME)
 def no_grad(adapter: Adapter, device: torch.device) -> Observed:
     """A call under `torch.no_grad`, and an ordinary step after it."""
     subject = Subject(adapter, device)

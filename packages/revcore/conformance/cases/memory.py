@@ -70,7 +70,7 @@ def flat_in_depth(adapter: Adapter, device: torch.device) -> Observed:
     return {}
 
 
-@question(THEME)
+@question(THEME, alone=True)
 def nothing_lives_on(adapter: Adapter, device: torch.device) -> Observed:
     """After backward nothing is kept alive, without help from the garbage collector."""
     subject = Subject(adapter, device)
@@ -85,7 +85,13 @@ def nothing_lives_on(adapter: Adapter, device: torch.device) -> Observed:
             del y
             loss.backward()
             subject.zero_grad()
-            alive = output() is not None
-            return {"output alive": alive, "bytes beside the loss": storages.bytes() - loss.nbytes}
+            alive, more = output() is not None, storages.bytes() - loss.nbytes
     finally:
         gc.enable()
+    if adapter.stores and alive and device.type == "cuda":
+        raise CannotAskError("on a GPU plain autograd keeps its output until the loss goes")
+    if alive or more:
+        raise WrongError(
+            f"{more:,} bytes beside the loss, the output {'alive' if alive else 'gone'}"
+        )
+    return {}

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from conformance.adapters import Adapter, CannotAskError
 from conformance.plain import Pair
@@ -53,6 +54,40 @@ def full_backward_hook(adapter: Adapter, device: torch.device) -> Observed:
         **step,
         **{f"gradients seen: {i}": value for i, value in enumerate(seen)},
     }
+
+
+@question(HOOKS)
+def full_backward_pre_hook(adapter: Adapter, device: torch.device) -> Observed:
+    """A full backward pre-hook on a branch, which doubles the gradient of its output."""
+    subject = Subject(adapter, device)
+    subject.pairs[1][0].register_full_backward_pre_hook(lambda _, o: (o[0] * 2,))
+    return subject.step()
+
+
+@question(HOOKS)
+def tensor_hooks(adapter: Adapter, device: torch.device) -> Observed:
+    """Hooks on the chain's input and output, which change the gradients, run once."""
+    subject = Subject(adapter, device)
+    seen: list[Tensor] = []
+
+    def double(gradient: Tensor) -> Tensor:
+        seen.append(gradient.clone())
+        return gradient * 2
+
+    h = subject.x * 2
+    h.register_hook(double)
+    y = subject.net(h)
+    y.register_hook(double)
+    loss_of(y).backward()
+    return subject.observe(calls=len(seen), first=seen[0], last=seen[-1])
+
+
+@question(HOOKS)
+def flop_counter(adapter: Adapter, device: torch.device) -> Observed:
+    """A step under torch's `FlopCounterMode`."""
+    subject = Subject(adapter, device)
+    with FlopCounterMode(display=False):
+        return subject.step()
 
 
 @question(HOOKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from conformance.adapters import Adapter
 from conformance.plain import Pair
@@ -121,6 +122,117 @@ def extra_tensors(adapter: Adapter, device: torch.device) -> Observed:
     y = subject(scale=leaf * 2)
     loss_of(y).backward()
     return subject.observe(output=y, scale=leaf.grad)
+
+
+@question(THEME)
+def functional_call(adapter: Adapter, device: torch.device) -> Observed:
+    """`torch.func.functional_call` with other parameters, which get the gradients."""
+    subject = Subject(adapter, device)
+    others = {
+        name: (parameter.detach() * 2).requires_grad_()
+        for name, parameter in subject.net.named_parameters()
+    }
+    y = torch.func.functional_call(subject.net, others, (subject.x.clone(),))
+    loss_of(y).backward()
+    found = {id(p): others[name].grad for name, p in subject.net.named_parameters()}
+    ordered = {name: found[id(p)] for name, p in subject.parameters.items()}
+    return subject.observe(output=y) | {f"of others: {name}": g for name, g in ordered.items()}
+
+
+@question(THEME)
+def parameters_replaced_between(adapter: Adapter, device: torch.device) -> Observed:
+    """A branch's parameters are replaced between forward and backward; the old ones count."""
+    subject = Subject(adapter, device)
+    y = subject()
+    old = list(subject.parameters.values())
+    for layer in subject.parts(nn.Linear):
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    loss_of(y).backward()
+    gradients = {f"of the old: {i}": parameter.grad for i, parameter in enumerate(old)}
+    return gradients | {"input": subject.x.grad}
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(width, out, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.recurrent(x)[0]
+        return y
+
+
+@question(THEME)
+def recurrent_branch(adapter: Adapter, device: torch.device) -> Observed:
+    """A GRU in each branch."""
+    return Subject(adapter, device, _Recurrent, (2, 5, 4), split_dim=2).step()
+
+
+class _Experts(nn.Module):
+    """Sends each sample to the expert that likes it best."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, 3)
+        self.experts = nn.ModuleList(nn.Linear(width, out) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, choice = self.router(x).softmax(-1).max(-1)
+        y = x.new_zeros(len(x), self.experts[0].out_features)  # type: ignore[arg-type]
+        for number, expert in enumerate(self.experts):
+            chosen = (choice == number).nonzero()[:, 0]
+            if len(chosen):
+                y = y.index_add(0, chosen, expert(x[chosen]).tanh() * weight[chosen, None])
+        return y
+
+
+@question(THEME)
+def experts(adapter: Adapter, device: torch.device) -> Observed:
+    """A mixture of experts in each branch: what runs depends on the data."""
+    return Subject(adapter, device, _Experts, (16, 4)).step()
+
+
+@question(THEME)
+def nested_chain(adapter: Adapter, device: torch.device) -> Observed:
+    """A chain in a branch of a chain."""
+
+    class Outer(nn.Module):
+        def __init__(self, width: int, out: int) -> None:
+            super().__init__()
+            inner = 2 * adapter.formula.factor
+            pairs = [(mlp(2, inner).to(device), mlp(2, inner).to(device)) for _ in range(2)]
+            # Here first, so that their names do not depend on the library.
+            self.inner = nn.ModuleList(branch for pair in pairs for branch in pair)
+            self.before, self.after = nn.Linear(width, 4), nn.Linear(4, out)
+            self.chain: nn.Module = adapter.build([(f.double(), g.double()) for f, g in pairs])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.after(self.chain(self.before(x).tanh()).tanh())
+            return y
+
+    return Subject(adapter, device, Outer).step()
+
+
+@question(THEME)
+def checkpointed(adapter: Adapter, device: torch.device) -> Observed:
+    """`torch.utils.checkpoint` around the chain."""
+    subject = Subject(adapter, device, passes=2)
+    y = checkpoint(subject, subject.x, use_reentrant=False)
+    loss_of(y).backward()
+    return subject.observe(output=y)
+
+
+@question(THEME)
+def saved_tensors_hooks(adapter: Adapter, device: torch.device) -> Observed:
+    """`saved_tensors_hooks` that copy what autograd saves, and anomaly detection."""
+    subject = Subject(adapter, device)
+    with (
+        torch.autograd.detect_anomaly(check_nan=True),
+        torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x),
+    ):
+        y = subject()
+    loss_of(y).backward()
+    return subject.observe(output=y)
 
 
 @question(THEME, may_raise=True)

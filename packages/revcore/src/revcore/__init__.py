@@ -8,6 +8,8 @@ from revcore.drift import Drift, track_drift
 from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
 from revcore.memory import track_memory
+from revcore.randomness import no_randomness
+from revcore.recompute import recompute
 from revcore.remember import remember
 from revcore.sequential import ReversibleBlock, ReversibleSequential, set_reversing
 
@@ -26,6 +28,8 @@ __all__ = [
     "bounded_adapter",
     "check_invertible",
     "exp_adapter",
+    "no_randomness",
+    "recompute",
     "remember",
     "set_reversing",
     "sigmoid_adapter",

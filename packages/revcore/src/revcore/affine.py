@@ -121,6 +121,10 @@ class AffineCoupling(Coupling):
         scale, shift = self._scale_shift(a, t)
         return (a - shift) / scale
 
+    def log_det(self, a: Tensor, t: Tensor) -> Tensor:
+        scale, _ = self._scale_shift(a, t)
+        return scale.abs().log().flatten(1).sum(1)
+
     def _scale_shift(self, a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift = self.adapter(t)
         for name, tensor in (("scale", scale), ("shift", shift)):

@@ -28,15 +28,22 @@ def autocast_as(states: Autocast, device_type: str) -> Iterator[None]:
     A weight that was cast without grad mode must not be found by code that needs its gradient,
     and one cast in a recomputation must not be found by the next, whose graph is another one.
     """
-    cache = torch.is_autocast_cache_enabled()
     now, wanted = dict(autocast_now(device_type)), dict(states)
     with ExitStack() as stack:
         for kind in {**now, **wanted}:
             if now.get(kind) != wanted.get(kind):
                 changed = torch.autocast(kind, dtype=wanted.get(kind), enabled=kind in wanted)
                 stack.enter_context(changed)
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cache)
+        stack.enter_context(no_autocast_cache())
+        yield
+
+
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Casts anew each time, and lets nothing else find what was cast."""
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)

@@ -11,16 +11,17 @@ reaches the user; without, torch falls back to the eager engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 
 from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.replay import BATCH_NORMS
-from revcore.step import Step
+from revcore.step import Pullback, Step
 from revcore.streams import Streams
 
 RANDOM = (
@@ -102,9 +103,7 @@ def _forward(
         def run(x: Tensor, step: Step = step) -> Tensor:
             return step.call(x, **kwargs)
 
-        outputs = step.apply(run, [current[index] for index in step.reads])
-        for index, output in zip(step.writes, outputs, strict=True):
-            current[index] = output
+        step.apply(run, current)
     return tuple(current), anchors
 
 
@@ -160,9 +159,8 @@ class _ChainNode(torch.autograd.Function):
                 kwargs=kwargs,
                 autocast=ctx.autocast,
             )
-            gradients = step.backward_traced(
-                function, [*arguments, *own], streams, before, stream_grads
-            )
+            branch = _Traced(function, [*arguments, *own])
+            gradients = step.rebuild(branch, streams, before)(stream_grads)
             extra, own_grads = gradients[: len(names)], gradients[len(names) :]
             argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
             leaf_grads = [*own_grads, *leaf_grads]
@@ -202,9 +200,24 @@ class _Function:
         with (
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
+            _reparametrize_module(branch, state, tie_weights=True),
         ):
-            t: Tensor = torch.func.functional_call(branch, state, (x,), kwargs)
-        return t
+            # What torch.func.functional_call does, which can only call a module, no method of it.
+            return self.step.call(x, **kwargs)
+
+
+class _Traced(NamedTuple):
+    """Runs a branch again, for torch.compile to trace."""
+
+    function: _Function
+    leaves: Sequence[Tensor]
+
+    def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
+        return self.function(x, *self.leaves) if call is None else call(x)
+
+    def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        t, pull, *_ = torch.func.vjp(self.function, x, *self.leaves)
+        return t, lambda grad: pull(grad.to(t.dtype))
 
 
 def draws(
@@ -232,10 +245,7 @@ def draws(
         streams, kwargs = tensors[:count], dict(zip(names, tensors[count:], strict=True))
         try:
             for step in steps:
-                function = _Function(step, kwargs=kwargs)
-                outputs = step.apply(function, [streams[index] for index in step.reads])
-                for index, output in zip(step.writes, outputs, strict=True):
-                    streams[index] = output
+                step.apply(_Function(step, kwargs=kwargs), streams)
         except RandomnessError:
             return True
     return False

@@ -31,6 +31,21 @@ class Coupling(nn.Module, Scheme):
 
     Raises:
         TypeError: If `f` or `g` is not a module.
+
+    Example:
+        >>> class Scaled(Coupling):
+        ...     def combine(self, a, t):
+        ...         return 2 * a + t
+        ...
+        ...     def uncombine(self, a, t):
+        ...         return (a - t) / 2
+        >>> coupling = Scaled(nn.Tanh(), nn.Tanh())
+        >>> coupling
+        Scaled(
+          split_dim=1
+          (f): Tanh()
+          (g): Tanh()
+        )
     """
 
     streams: int = 2

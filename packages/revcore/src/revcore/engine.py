@@ -1,11 +1,10 @@
-"""The eager engine: one autograd node per step.
+"""The eager engine: one autograd node per block.
 
-The node of a half-step has the target stream, the source stream and the branch's parameters as
-inputs, and the new target stream as output. It saves nothing. Its backward asks the tape for the
-streams after the half-step, runs the branch once more with gradients on, reconstructs the old
-target from that same run, and differentiates: forward 1 + recompute 1 + backward 2, that is 4/3 of
-a step that stores its activations. Autograd adds up the gradients of a stream, and its order
-guarantees that later steps come first.
+A node has the streams and the parameters of the branches as inputs, and the new streams as output.
+It saves nothing. Its backward takes the steps from the last to the first: it asks the tape for the
+streams after the step, runs the branch once more with gradients on, reconstructs the old target
+from that same run, and differentiates: forward 1 + recompute 1 + backward 2, that is 4/3 of a step
+that stores its activations. Autograd's order guarantees that later blocks come first.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
 from revcore.step import Step
-from revcore.streams import Streams, join, split
+from revcore.streams import Streams, join, split, with_log_det
 from revcore.tape import Tape
 from revcore.versions import version
 
@@ -35,9 +34,13 @@ class _Call:
         watch: Keeps the call on its grid.
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
+        measures: Whether the steps give their log-determinants.
+        log_dets: Those that they have given.
     """
 
-    def __init__(self, tape: Tape | None) -> None:
+    def __init__(self, tape: Tape | None, *, measures: bool = False) -> None:
+        self.measures = measures
+        self.log_dets: list[Tensor] = []
         self.watch = GridWatch()
         self.tape = tape
         self.tip: list[tuple[Tensor, int]] = []
@@ -71,18 +74,27 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class _StepNode(torch.autograd.Function):
-    """One step, reversed: the streams that it reads to those that it writes."""
+class _StepsNode(torch.autograd.Function):
+    """Steps in a row, reversed: from the streams that they touch to those that they change."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, index: int, *inputs: Tensor) -> Streams:
-        ctx.tape, ctx.index = tape, index
-        step, replay = tape.records[index]
-        call, _thread.call = _thread.call, None
+    def forward(ctx: Any, plan: _Plan, *_inputs: Tensor) -> Streams:
+        call, tape, streams = plan.call, plan.tape, plan.streams
+        first = len(tape.records)
+        tape.records += plan.records
+        ctx.tape, ctx.steps = tape, range(first, len(tape.records))
+        ctx.count, ctx.touched, ctx.changed = len(streams), plan.touched, plan.changed
+        _thread.call = None
         try:
-            return step.apply(replay.first_run, inputs[: len(step.reads)])
+            for step, replay in plan.records:
+                if tape.drift is not None:
+                    tape.truth.append(tuple(x.detach() for x in streams[: ctx.count]))
+                step.apply(replay.first_run, streams)
+                if step.grid is not None:
+                    call.watch.note([streams[index] for index in step.writes])
         finally:
             _thread.call = call
+        return (*[streams[index] for index in plan.changed], *streams[ctx.count :])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,14 +104,37 @@ class _StepNode(torch.autograd.Function):
                 "activations where you need second derivatives: "
                 "revcore.set_reversing(model, False)."
             )
-        tape, index = ctx.tape, ctx.index
+        tape: Tape = ctx.tape
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
-        streams = tape.seek(index + 1, retain=retain)
-        step, replay = tape.records[index]
-        needed = ctx.needs_input_grad[2:]
-        found = step.backward(replay, streams, tape.anchor(index), grads, needed)
-        tape.leave(index, streams, retain=retain)
-        return (None, None, *found)
+        every: list[Tensor | None] = [None] * ctx.count
+        for index, grad in zip(ctx.changed, grads):  # noqa: B905 - log-determinants may follow
+            every[index] = grad
+        every += grads[len(ctx.changed) :]
+        found: list[Tensor | None] = []
+        for index in reversed(ctx.steps):
+            found += tape.differentiate(index, every, retain=retain)
+        tape.leave(ctx.steps.start, retain=retain)
+        return (None, *[every[index] for index in ctx.touched], *found)
+
+
+class _Plan(NamedTuple):
+    """What a node does.
+
+    Attributes:
+        call: The forward call that it is part of.
+        tape: That call's tape.
+        streams: All streams, which are replaced by those after the steps.
+        records: The steps, and how to repeat their branches.
+        touched: Indices of the streams that the steps read or change.
+        changed: Indices of those that they change.
+    """
+
+    call: _Call
+    tape: Tape
+    streams: list[Tensor]
+    records: list[tuple[Step, Replay]]
+    touched: list[int]
+    changed: list[int]
 
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
@@ -121,45 +156,62 @@ def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> S
 def _run(
     call: _Call, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]
 ) -> Streams:
-    watch, tape = call.watch, call.tape
-    current = list(streams)
-    for step in steps:
-        if not watch.entered or watch.bits != step.grid:
-            current = watch.enter(step.grid, current)
-        try:
-            inputs = [current[index] for index in step.reads]
-        except IndexError:
-            raise ValueError(
-                f"the coupling works on {max(step.reads) + 1} streams or more, got {len(current)}"
-            ) from None
-        for index, x in enumerate(inputs):
-            if not x.is_contiguous():
-                inputs[index] = dense(x)
-        if tape is None:
-            outputs = step.apply(partial(_run_stored, step, kwargs), inputs)
-        else:
-            before = len(tape.records)
-            outputs = _run_reversed(tape, step, inputs, kwargs)
-            if tape.drift is not None and len(tape.records) > before:
-                tape.truth.append(tuple(stream.detach() for stream in current))
-        if watch.bits is not None:
-            watch.note(outputs)
-        for index, output in zip(step.writes, outputs):  # noqa: B905 - as many, by contract
-            current[index] = output
-    return tuple(current)
+    if call.measures:
+        steps = [step.measured() for step in steps]
+    current = call.watch.enter(steps, streams)
+    touched = sorted({index for step in steps for index in (*step.inputs, *step.writes)})
+    if touched and touched[-1] >= len(current):
+        raise ValueError(
+            f"the coupling works on {touched[-1] + 1} streams or more, got {len(current)}"
+        )
+    for index in touched:
+        if not current[index].is_contiguous():
+            current[index] = dense(current[index])
+    if not _run_reversed(call, steps, current, touched, kwargs):
+        run = _run_stored if call.tape is None else _run_frozen
+        for step in steps:
+            step.apply(partial(run, step, kwargs), current)
+            if step.grid is not None:
+                call.watch.note([current[index] for index in step.writes])
+    call.log_dets += current[len(streams) :]
+    return tuple(current[: len(streams)])
 
 
 def _run_reversed(
-    tape: Tape, step: Step, inputs: Sequence[Tensor], kwargs: Mapping[str, Any]
-) -> Streams:
-    replay = Replay(step.branch, step.call, kwargs, step.grid is not None)
-    records = tape.records
-    if not records and not any(x.requires_grad for x in (*inputs, *replay.leaves)):
-        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it.
-        return step.apply(partial(_run_frozen, step, kwargs), inputs)
-    records.append((step, replay))
-    outputs: Streams = _StepNode.apply(tape, len(records) - 1, *inputs, *replay.leaves)
-    return outputs
+    call: _Call,
+    steps: Sequence[Step],
+    streams: list[Tensor],
+    touched: list[int],
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Runs steps as a node, if a tape records and anything before their end needs a gradient."""
+    tape = call.tape
+    if tape is None:
+        return False
+    records = [(step, Replay(step, kwargs)) for step in steps]
+    needs = [stream.requires_grad for stream in streams]
+    inputs = [streams[index] for index in touched]
+    for step, replay in records:
+        replay.needs_x = any(needs[index] for index in step.inputs)
+        if replay.needs_x or replay.leaves:
+            for index in step.writes:
+                needs[index] = True
+    if not tape.records and not any(needs):
+        # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it; an
+        # input that was kept there is not that of the first step on the tape.
+        tape.anchors.clear()
+        return False
+    # Gradients are found from the last step to the first, and one that several steps share adds up
+    # in that order, as it does where activations are stored.
+    for _, replay in reversed(records):
+        inputs += replay.leaves
+    changed = sorted({index for step in steps for index in step.writes})
+    plan = _Plan(call, tape, list(streams), records, touched, changed)
+    outputs = _StepsNode.apply(plan, *inputs)
+    for index, output in zip(changed, outputs):  # noqa: B905 - log-determinants may follow
+        streams[index] = output
+    streams += outputs[len(changed) :]
+    return True
 
 
 def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
@@ -170,8 +222,8 @@ def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
 
 
 def _run_stored(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
-    # The view gathers the branch's gradients of x before they meet the stream's own, as the node of
-    # a step does, so that both modes add up in the same order.
+    # The view gathers the branch's gradients of x before they meet the stream's own, as the node
+    # does, so that both modes add up in the same order.
     return _run_alone(step, kwargs, x.view_as(x))
 
 
@@ -188,11 +240,15 @@ class Container(Protocol):
 
     Attributes:
         reversing: Whether to reverse or to store activations.
+        overlap: Whether to rebuild a step while the one after it is differentiated.
         split_dim: Dimension along which one tensor is split.
         streams: How many streams one tensor is split in.
+        log_det: Whether the log-determinant is returned, behind the output.
     """
 
     reversing: bool
+    log_det: bool
+    overlap: bool
     split_dim: int
 
     @property
@@ -240,8 +296,8 @@ def _reverse_alone(
     kwargs: Mapping[str, Any],
 ) -> Tensor | Streams:
     split_dim = container.split_dim
-    tape = Tape() if container.reversing and _can_reverse() else None
-    call = _thread.call = _Call(tape)
+    tape = Tape() if container.reversing and can_reverse() else None
+    call = _thread.call = _Call(tape, measures=container.log_det)
     try:
         call.expect(streams)
         outputs = body(*streams, **kwargs)
@@ -254,10 +310,10 @@ def _reverse_alone(
     if tape is not None and isinstance(y, Tensor):
         # The joined output is what the next layer keeps: keep views, not the parts beside it.
         sizes = [stream.shape[split_dim] for stream in outputs]
-        tape.seal(y.detach().split(sizes, split_dim))
+        tape.seal(y.detach().split(sizes, split_dim), overlap=container.overlap)
     elif tape is not None:
-        tape.seal(outputs)
-    return y
+        tape.seal(outputs, overlap=container.overlap)
+    return with_log_det(y, call.log_dets) if container.log_det else y
 
 
 def keep(streams: Streams) -> None:
@@ -266,7 +322,8 @@ def keep(streams: Streams) -> None:
         _thread.call.tape.keep(streams)
 
 
-def _can_reverse() -> bool:
+def can_reverse() -> bool:
+    """Tells whether nodes of our own can be recorded."""
     # Without grad mode nothing is stored anyway. Transforms of torch.func and forward-mode
     # derivatives cannot see through an autograd.Function with a tape.
     return (

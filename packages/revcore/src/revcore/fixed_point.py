@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from revcore.additive import fitting
 from revcore.coupling import Coupling
-from revcore.grid import to_grid
+from revcore.grid import move
 
 
 class FixedPointCoupling(Coupling):
@@ -25,6 +25,13 @@ class FixedPointCoupling(Coupling):
 
     A branch must compute the same bits each time that it runs on the same input. Compiled branches
     may not, with gradients and without; a chain therefore runs them with gradients both times.
+    A net trained reversed then has the bits of one trained with stored activations, as long as no
+    branch is used at two places that uses a parameter twice, whose gradients are added up in
+    another order.
+
+    References:
+        Reversible Recurrent Neural Networks (MacKay et al., 2018), section 3, for fixed-point
+        numbers, whose additions can be undone exactly. https://arxiv.org/abs/1810.10999
 
     Args:
         f: Module that maps the second stream to the shape of the first.
@@ -52,10 +59,12 @@ class FixedPointCoupling(Coupling):
         self.fraction_bits = self.grid = fraction_bits
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a + to_grid(fitting(a, t).to(a.dtype), self.fraction_bits)
+        return move(a, fitting(a, t), self.fraction_bits, 1)
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a - to_grid(fitting(a, t).to(a.dtype), self.fraction_bits)
+        return move(a, fitting(a, t), self.fraction_bits, -1)
+
+    log_det = None  # type: ignore[assignment]  # it keeps volumes
 
     # The gradients are known, so no graph has to be built for them.
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

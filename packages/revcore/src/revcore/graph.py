@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,54 +18,63 @@ _Leaf = torch._C._functions.AccumulateGrad
 _walked: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
 
 
-class Graph(NamedTuple):
-    """The graph of one run of a branch.
+def differentiate(
+    t: Tensor,
+    x: Tensor | None,
+    leaves: Sequence[Tensor],
+    branch: nn.Module,
+    grad: Tensor,
+    *,
+    nodes: int | None,
+) -> Sequence[Tensor | None]:
+    """Takes the gradient of a branch's output to those of its input and leaves.
 
-    Attributes:
-        t: The branch's output.
-        leaves: What the branch read, and its parameters.
-        nodes: Number of nodes; None if another graph may have as many.
+    Args:
+        t: The output, with its graph.
+        x: The input, None if it needs no gradient.
+        leaves: Everything else that needs one.
+        branch: The module.
+        grad: Gradient of the output.
+        nodes: Number of nodes of the graph; None if another graph may have as many.
+
+    Returns:
+        Gradients, None where there is none; first that of the input.
+
+    Raises:
+        RuntimeError: If the graph ends in a tensor that is not among these.
     """
+    wanted = leaves if x is None else (x, *leaves)
+    if not wanted or not t.requires_grad:
+        return [None] * (len(leaves) + 1)
+    if nodes is None or _walked.get(branch) != (nodes, len(wanted)):
+        refuse_foreign_leaves(t, wanted, branch)
+        _warn_of_side_results(branch)
+        if nodes is not None:
+            _walked[branch] = (nodes, len(wanted))
+    if grad.dtype != t.dtype:
+        grad = grad.to(t.dtype)
+    # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:
+    # keep the graph, create one, allow inputs that were not used, accumulate into .grad.
+    found: Sequence[Tensor | None] = _engine.run_backward(
+        (t,), (grad,), False, False, tuple(wanted), True, False
+    )
+    return found if x is not None else (None, *found)
 
-    t: Tensor
-    leaves: Sequence[Tensor]
-    nodes: int | None
 
-    def differentiate(
-        self, needed: Sequence[bool], grad: Tensor, branch: nn.Module
-    ) -> Sequence[Tensor | None]:
-        """Returns the gradients of the leaves, None where none is needed or there is none.
-
-        Args:
-            needed: For each leaf, whether its gradient is needed.
-            grad: Gradient of the branch's output.
-            branch: The module.
-
-        Raises:
-            RuntimeError: If the graph ends in a tensor that is not among the leaves.
-        """
-        t, leaves, nodes = self
-        if not t.requires_grad:
-            return [None] * len(leaves)
-        if nodes is None or _walked.get(branch) != (nodes, len(leaves)):
-            refuse_foreign_leaves(t, leaves, branch)
-            if nodes is not None:
-                _walked[branch] = (nodes, len(leaves))
-        if grad.dtype != t.dtype:
-            grad = grad.to(t.dtype)
-        every = all(needed)
-        wanted = leaves if every else [x for x, need in zip(leaves, needed, strict=True) if need]
-        if not wanted:
-            return [None] * len(leaves)
-        # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The
-        # flags: keep the graph, create one, allow inputs that were not used, accumulate into .grad.
-        found: Sequence[Tensor | None] = _engine.run_backward(
-            (t,), (grad,), False, False, tuple(wanted), True, False
-        )
-        if every:
-            return found
-        gradients = iter(found)
-        return [next(gradients) if need else None for need in needed]
+def _warn_of_side_results(branch: nn.Module) -> None:
+    """Warns if a run has left tensors with gradients in attributes, as an auxiliary loss may be."""
+    for name, module in branch.named_modules():
+        for attribute, value in vars(module).items():
+            # A weight that is computed from a weight_orig or weight_g beside it is none.
+            own = any(key.startswith(f"{attribute}_") for key in module._parameters)
+            if isinstance(value, Tensor) and value.grad_fn is not None and not own:
+                where = f"{name}.{attribute}" if name else attribute
+                warnings.warn(
+                    f"branch {type(branch).__name__} leaves a result in its attribute {where!r}. A "
+                    "loss of it has no gradient: compute it from the chain's outputs, or store the "
+                    "activations, revcore.set_reversing(model, False).",
+                    stacklevel=2,
+                )
 
 
 def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module) -> None:

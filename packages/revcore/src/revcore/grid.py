@@ -8,9 +8,12 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from revcore.step import Step
 
 _DIGITS = {torch.float32: 24, torch.float64: 53}
 
@@ -27,6 +30,46 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
     return x + (torch.round(old * 2.0**bits) / 2.0**bits - old)
 
 
+def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
+    """Computes `a + sign * to_grid(t, bits)` for `a` on the grid, in few passes over memory.
+
+    The gradient is that of `a + sign * t`.
+    """
+    if torch.is_grad_enabled():
+        moved: Tensor = _Move.apply(a, t, bits, sign)
+        return moved
+    return _move(a, t, bits, sign)
+
+
+def _move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
+    # A bfloat16 has the range of a float32, and whatever it is, the next integer is one, too.
+    t = t if t.dtype == torch.bfloat16 else t.to(a.dtype)
+    return torch.add(a, torch.mul(t, 2.0**bits).round_(), alpha=sign * 2.0**-bits)
+
+
+class _Move(torch.autograd.Function):
+    """`move`, whose gradient passes through the rounding."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
+        return _move(a, t, bits, sign)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, _output: Tensor) -> None:
+        ctx.sign, ctx.dtype = inputs[3], inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], (ctx.sign * grads[0]).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        moved: Tensor = tangents[0] + ctx.sign * tangents[1]
+        return moved
+
+
 class GridWatch:
     """Keeps the streams of one call on the grid of its scheme, if that has one.
 
@@ -41,29 +84,32 @@ class GridWatch:
         self._dtype = torch.float32
         self._peaks: list[Tensor] = []
 
-    def enter(self, grid: int | None, streams: Sequence[Tensor]) -> list[Tensor]:
+    def enter(self, steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
         """Rounds the streams where a call begins; later, sees that no step leaves the grid.
 
         Args:
-            grid: Fractional bits of the step that is to come.
+            steps: The steps that are to come.
             streams: All streams.
 
         Raises:
             TypeError: If a stream has a dtype without a grid.
             ValueError: If steps of several grids, or of one and of none, are in one chain.
         """
-        if self.entered:
-            if grid != self.bits:
+        streams = list(streams)
+        for step in steps:
+            if not self.entered:
+                self.entered, self.bits = True, step.grid
+                if step.grid is not None:
+                    streams = self._round(step.grid, streams)
+            elif step.grid != self.bits:
                 raise ValueError(
                     "a chain mixes fixed-point couplings with other blocks, or of several "
-                    f"resolutions (fraction_bits {self.bits} and {grid}), so it could not be "
+                    f"resolutions (fraction_bits {self.bits} and {step.grid}), so it could not be "
                     "reversed bit for bit. Make them chains of their own."
                 )
-            return list(streams)
-        self.entered = True
-        self.bits = grid
-        if grid is None:
-            return list(streams)
+        return streams
+
+    def _round(self, bits: int, streams: Sequence[Tensor]) -> list[Tensor]:
         for stream in streams:
             if stream.dtype not in _DIGITS:
                 raise TypeError(
@@ -71,7 +117,7 @@ class GridWatch:
                     "x.float() before the chain. Its branches may run in any precision."
                 )
         self._dtype = streams[0].dtype
-        rounded = [to_grid(stream, grid) for stream in streams]
+        rounded = [to_grid(stream, bits) for stream in streams]
         self.note(rounded)
         return rounded
 

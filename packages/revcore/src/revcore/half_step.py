@@ -11,18 +11,38 @@ two small functions, `combine` and `uncombine`; inversion, gradients and memory 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revcore.replay import Replay
-from revcore.step import Gradients, Run, Step
+from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add
 
 
 class Scheme(ABC):
-    """How a branch's output changes a stream, and how that is undone."""
+    """How a branch's output changes a stream, and how that is undone.
+
+    A subclass defines `combine` and `uncombine`. A `HalfStep` applies it to two streams and a
+    branch; a `Coupling`, which is a module, lists such half-steps.
+
+    Attributes:
+        grid: Number of fractional bits of all values of the streams; None for any values.
+
+    Example:
+        >>> class Momentum(Scheme):
+        ...     def combine(self, a, t):
+        ...         return 0.5 * a + 0.5 * t
+        ...
+        ...     def uncombine(self, a, t):
+        ...         return (a - 0.5 * t) / 0.5
+        >>> a, t = torch.tensor(3.0), torch.tensor(-2.0)
+        >>> Momentum().uncombine(Momentum().combine(a, t), t)
+        tensor(3.)
+    """
 
     grid: int | None = None
 
@@ -34,26 +54,40 @@ class Scheme(ABC):
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
         """Returns the old stream: `uncombine(combine(a, t), t) == a` up to rounding."""
 
+    def log_det(self, a: Tensor, t: Tensor) -> Tensor:
+        """Returns log |det J| of `combine(a, t)` in `a` for each sample.
+
+        A chain with `log_det=True` asks for it. A scheme that keeps volumes sets `log_det = None`.
+
+        Args:
+            a: The old stream, of shape (batch, ...).
+            t: The branch's output.
+
+        Returns:
+            A tensor of shape (batch,).
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no log-determinant; define log_det(a, t), or give the "
+            "chain log_det=False"
+        )
+
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of `combine(a, t)`; autograd's unless a scheme knows better."""
-        return _vjp(self.combine, a, t, grad)
+        return _vjp(self.combine, a, t, grad)  # type: ignore[return-value]
 
     def uncombine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of `uncombine(a, t)`; autograd's unless a scheme knows better."""
-        return _vjp(self.uncombine, a, t, grad)
+        return _vjp(self.uncombine, a, t, grad)  # type: ignore[return-value]
 
 
-def _vjp(
-    function: Callable[[Tensor, Tensor], Tensor], a: Tensor, t: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor]:
+def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
-        grads: tuple[Tensor, Tensor] = torch.func.vjp(function, a, t)[1](grad)
+        grads: Sequence[Tensor] = torch.func.vjp(function, a, t)[1](grad)
         return grads
     with torch.enable_grad():
         a = a.detach().requires_grad_()
-        t = t.detach().requires_grad_()
-        grad_a, grad_t = torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
-    return grad_a, grad_t
+        t = t.requires_grad_()
+        return torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
 
 
 class HalfStep(Step):
@@ -76,6 +110,8 @@ class HalfStep(Step):
         HalfStep(AdditiveCoupling, Tanh, target=1, source=0)
     """
 
+    measures = False
+
     def __init__(
         self, scheme: Scheme, branch: nn.Module, target: int, source: int, *, inverted: bool = False
     ) -> None:
@@ -85,76 +121,72 @@ class HalfStep(Step):
                 f"from 0, got target={target} and source={source}"
             )
         self.scheme = scheme
-        self.branch = branch
-        self.reads = (target, source)
+        self.branch = self.call = branch
+        self.target, self.source = target, source
+        self.inputs = (source,)
         self.writes = (target,)
         self.inverted = inverted
         self.grid = scheme.grid
+        self._change, self._back, self._vjp = scheme.combine, scheme.uncombine, scheme.combine_vjp
+        if inverted:
+            self._change, self._back, self._vjp = self._back, self._change, scheme.uncombine_vjp
 
     def __repr__(self) -> str:
-        target, source = self.reads
         names = f"{type(self.scheme).__name__}, {type(self.branch).__name__}"
         end = ", inverted=True" if self.inverted else ""
-        return f"HalfStep({names}, target={target}, source={source}{end})"
-
-    @property
-    def call(self) -> nn.Module:
-        return self.branch
+        return f"HalfStep({names}, target={self.target}, source={self.source}{end})"
 
     def inverse(self) -> HalfStep:
-        return HalfStep(self.scheme, self.branch, *self.reads, inverted=not self.inverted)
+        return HalfStep(
+            self.scheme, self.branch, self.target, self.source, inverted=not self.inverted
+        )
 
-    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor]:
-        a, b = streams
-        change = self.scheme.uncombine if self.inverted else self.scheme.combine
-        return (change(a, run(b)),)
+    def measured(self) -> HalfStep:
+        log_det: Any = self.scheme.log_det
+        if log_det is None:
+            return self
+        step = copy.copy(self)
+        step.measures = True
+        return step
 
-    def undo(self, replay: Replay, streams: list[Tensor]) -> None:
-        target, source = self.reads
-        change = self.scheme.combine if self.inverted else self.scheme.uncombine
-        streams[target] = change(streams[target], replay.repeat(streams[source]))
+    def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
+        t = run(streams[self.source])
+        if self.measures:
+            streams[self.target], log_det = self._measure(streams[self.target], t)
+            streams.append(log_det)
+        else:
+            streams[self.target] = self._change(streams[self.target], t)
 
-    def backward(
-        self,
-        replay: Replay,
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: Sequence[Tensor],
-        needed: Sequence[bool],
-    ) -> Gradients:
-        target, source = self.reads
-        graph = replay.repeat_for_gradients(streams[source], needs_x=needed[1])
+    def _measure(self, a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        new = self._change(a, t)
+        if self.inverted:
+            return new, -self.scheme.log_det(new, t)
+        return new, self.scheme.log_det(a, t)
+
+    def undo(self, again: Again, streams: list[Tensor]) -> None:
+        streams[self.target] = self._back(streams[self.target], again.repeat(streams[self.source]))
+
+    def rebuild(
+        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
+    ) -> Differentiate:
         # The graph that gives the branch's output back is the one that is differentiated.
-        t = graph.t
+        t, pull = again.record(streams[self.source])
         if kept is None:
-            back = self.scheme.combine if self.inverted else self.scheme.uncombine
-            a = back(streams[target], t)
-            # What stood there after the step is free before the graph is walked.
-            streams[target] = a
+            streams[self.target] = self._back(streams[self.target], t)
         else:
             streams[:] = kept
-            a = kept[target]
-        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grad_a, grad_t = vjp(a, t, grads[0])
-        return (grad_a, *graph.differentiate(needed[1:], grad_t, self.branch))
+        return partial(self._differentiate, streams[self.target], t, pull)
 
-    def backward_traced(
-        self,
-        function: Callable[..., Tensor],
-        leaves: Sequence[Tensor],
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: list[Tensor],
-    ) -> Sequence[Tensor]:
-        target, source = self.reads
-        t, pullback, *_ = torch.func.vjp(function, streams[source], *leaves)
-        if kept is None:
-            back = self.scheme.combine if self.inverted else self.scheme.uncombine
-            streams[target] = back(streams[target], t)
+    def _differentiate(
+        self, a: Tensor, t: Tensor, pull: Pullback, grads: Gradients
+    ) -> Sequence[Tensor | None]:
+        target, source = self.target, self.source
+        if self.measures:
+            of_log_det, grad = grads.pop(), grads[target]
+            grad = torch.zeros_like(a) if grad is None else grad
+            grads[target], grad_t = _vjp(self._measure, a, t, (grad, of_log_det))
         else:
-            streams[:] = kept
-        vjp = self.scheme.uncombine_vjp if self.inverted else self.scheme.combine_vjp
-        grads[target], grad_t = vjp(streams[target], t, grads[target])
-        grad_b, *found = pullback(grad_t.to(t.dtype))
-        grads[source] = grads[source] + grad_b
-        return tuple(found)
+            grads[target], grad_t = self._vjp(a, t, grads[target])
+        grad_b, *found = pull(grad_t)
+        grads[source] = add(grads[source], grad_b)
+        return found

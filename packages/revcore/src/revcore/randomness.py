@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import string_at
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,31 +15,55 @@ class State(NamedTuple):
     """The state of a device's generator. Equal states that were read in turn are one object."""
 
     device: torch.device
-    state: Tensor
-    content: bytes
+    state: Any
+    content: Any
 
 
 States = list[State]
 
 NO_STATES: States = []
 
+M = TypeVar("M", bound=type[nn.Module])
+
 # Modules that are known to draw nothing, so that nothing has to be read for them. The list need not
 # be complete.
-_QUIET: frozenset[type[nn.Module]] = frozenset(
-    {
-        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
-        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-        *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
-        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
-    }
-)
+_QUIET: set[type[nn.Module]] = {
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+}
+
+
+def no_randomness(module: M) -> M:
+    """Declares that a class of modules draws no random numbers in its `forward`.
+
+    The generators are then not read and set for a branch that is made of such modules, which saves
+    some ten microseconds for each of its runs. It says nothing of the modules inside, which are
+    looked at themselves, nor of subclasses. A class that draws all the same gets wrong gradients.
+
+    Args:
+        module: The class.
+
+    Returns:
+        The same class.
+
+    Example:
+        >>> @no_randomness
+        ... class Square(nn.Module):
+        ...     def forward(self, x):
+        ...         return x * x
+    """
+    _QUIET.add(module)
+    return module
 
 
 def draw_nothing(modules: Sequence[nn.Module]) -> bool:
     """Tells whether these modules are known to draw no random numbers."""
-    return _QUIET.issuperset(map(type, modules)) and not any(
-        module._forward_hooks or module._forward_pre_hooks for module in modules
-    )
+    for module in modules:  # faster than any()
+        if type(module) not in _QUIET or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return True
 
 
 _CPU = torch.device("cpu")
@@ -153,28 +177,31 @@ def _read(device: torch.device) -> State:
     return last
 
 
-def _content(state: Tensor) -> bytes:
+def _content(state: Any) -> Any:
     # Python compares bytes faster than torch compares tensors.
-    return string_at(state.data_ptr(), state.numel())
+    return string_at(state.data_ptr(), state.numel()) if isinstance(state, Tensor) else state
 
 
-def _get(device: torch.device) -> Tensor:
+def _get(device: torch.device) -> Any:
     # The default generators are asked faster than through torch's modules.
     if device is _CPU:
         return torch.default_generator.get_state()
     if device.type == "cuda":
-        return torch.cuda.default_generators[device.index].get_state()
+        generator = torch.cuda.default_generators[device.index]
+        return generator.initial_seed(), generator.get_offset()
     if device.type == "mps":
         return torch.mps.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+    return torch.get_device_module(device).get_rng_state(device)
 
 
-def _set(device: torch.device, state: Tensor) -> None:
+def _set(device: torch.device, state: Any) -> None:
     if device is _CPU:
         torch.default_generator.set_state(state)
     elif device.type == "cuda":
-        torch.cuda.default_generators[device.index].set_state(state)
+        generator, (seed, offset) = torch.cuda.default_generators[device.index], state
+        if generator.initial_seed() != seed:
+            generator.manual_seed(seed)
+        generator.set_offset(offset)
     elif device.type == "mps":
         torch.mps.set_rng_state(state)
     else:

@@ -12,18 +12,22 @@ looked at quickly (`Replay._is_usual`) and only what is not is put back piece by
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.parameter import is_lazy
 
-from revcore.autocast import autocast_as, autocast_now
-from revcore.graph import Graph
+from revcore.autocast import autocast_as, autocast_now, no_autocast_cache
+from revcore.graph import differentiate
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, draw_nothing, get_states
 from revcore.remember import Memory
+from revcore.step import Pullback
 from revcore.versions import changed, version, versions
 
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
@@ -47,139 +51,118 @@ _OTHER_DRAWS = (
 
 _Table = dict[str, Any]
 _Undo = list[tuple[_Table, str, Any]]
+_Buffer = tuple[nn.Module, _Table, str, Tensor, int]
+_NOTHING: Mapping[int, Tensor] = {}
+
+
+class Runs(Protocol):
+    """What a replay has to know of a step."""
+
+    @property
+    def branch(self) -> nn.Module: ...
+    @property
+    def call(self) -> Callable[..., Tensor]: ...
+    @property
+    def grid(self) -> int | None: ...
 
 
 class Replay:
     """The first run of one branch on one input, and the means to repeat it.
 
     Args:
-        branch: The module that is run.
-        call: How it is run: the module itself, or a method of it.
-        kwargs: Extra keyword arguments for it.
-        same_graph: Whether also those runs that need no gradients should be made with gradients
-            on, because compiled code may compute other bits without.
+        step: Says what is run, and how.
+        kwargs: Extra keyword arguments for the branch.
 
     Attributes:
-        leaves: The tensors beside the input that the branch may need a gradient for.
+        leaves: The tensors beside the input that the branch must give a gradient.
+        needs_x: Whether the branch must give its input one.
     """
 
-    def __init__(
-        self,
-        branch: nn.Module,
-        call: Callable[..., Tensor],
-        kwargs: Mapping[str, Any],
-        same_graph: bool = False,
-    ) -> None:
-        self.branch = branch
-        self._call = call
+    needs_x = False
+    _before = _after = NO_STATES
+    _buffers: Sequence[_Buffer] = ()
+    _copies: Sequence[tuple[_Table, str, Tensor]] = ()
+
+    def __init__(self, step: Runs, kwargs: Mapping[str, Any]) -> None:
+        self._step = step
         self._kwargs = kwargs
-        self._same_graph = same_graph
         # Modules and parameters are read at call time, because a module may hold others at another
         # call (torch.func.functional_call, FSDP). nn.Module.modules takes four times as long.
-        modules: list[Any] = [branch]
+        modules: list[Any] = [step.branch]
+        tensors: list[Any] = []
+        self._tables: list[tuple[_Table, _Table]] = []
+        self._buffered: list[nn.Module] = []
+        self._norms: list[nn.Module] = []
         for module in modules:  # grows meanwhile
             if module._modules:
-                modules += module._modules.values()
-        if None in modules or len(set(modules)) < len(modules):
-            modules = [module for module in dict.fromkeys(modules) if module is not None]
+                modules += [m for m in module._modules.values() if m is not None]
+                if len(set(modules)) < len(modules):
+                    modules[:] = dict.fromkeys(modules)
+            if module._parameters:
+                found = dict(module._parameters.items())  # a ScriptModule has no copy()
+                self._tables.append((module._parameters, found))
+                tensors += found.values()
+            if module._buffers:
+                if not (module.training and type(module) in BATCH_NORMS):
+                    self._buffered.append(module)
+                else:
+                    # Also if it tracks nothing now: a branch around this one may have seen to that,
+                    # and be done when this one is repeated.
+                    self._norms.append(module)
+        if kwargs:
+            tensors += [v for v in kwargs.values() if isinstance(v, Tensor)]
+        if None in (seen := set(tensors)) or len(seen) < len(tensors):
+            tensors = [tensor for tensor in dict.fromkeys(tensors) if tensor is not None]
         self._modules = modules
         self._training = [module.training for module in modules]
-        self._tables: list[tuple[_Table, _Table]] = [
-            (m._parameters, dict(m._parameters)) for m in modules if m._parameters
-        ]
-        leaves: list[Tensor] = [
-            v for _, found in self._tables for v in found.values() if v is not None
-        ]
-        if len(set(map(id, leaves))) < len(leaves):
-            leaves = list({id(value): value for value in leaves}.values())
-        self._buffered = [module for module in modules if module._buffers]
-        self._norms: list[nn.Module] = []
-        if self._buffered:
-            norms = [m for m in self._buffered if m.training and type(m) in BATCH_NORMS]
-            self._norms = [module for module in norms if module.track_running_stats]
-            self._buffered = [module for module in self._buffered if module not in norms]
+        self._tensors: list[Tensor] = tensors
+        self._versions = versions(tensors)
+        self._needed = [tensor.requires_grad for tensor in tensors]
+        self.leaves = [v for v in tensors if v.requires_grad] if False in self._needed else tensors
         self._quiet = draw_nothing(modules)
-        self._arguments: dict[str, Tensor] = {}
-        if kwargs:
-            self._arguments = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-            known = set(map(id, leaves))
-            extra = {id(v): v for v in self._arguments.values() if v.requires_grad}
-            leaves += [value for key, value in extra.items() if key not in known]
-        self.leaves = leaves
-        self._versions = versions(leaves)
-        self._argument_versions = versions(self._arguments.values())
+        self._memory = Memory()
 
     def first_run(self, x: Tensor) -> Tensor:
         """Runs the branch as any module is run, and notes what it sees.
 
         Raises:
             TypeError: If the branch returns anything but a tensor.
-            RuntimeError: If the branch changes its input in place.
+            RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
+        if any(map(is_lazy, self._tensors)):
+            raise RuntimeError(
+                f"branch {type(self._step.branch).__name__} has lazy parameters that have no shape "
+                "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
+            )
         self._stride = x.stride()
-        self._memory = Memory()
-        self._needs_x = x.requires_grad
-        self._device = x.device
-        self._before = self._after = NO_STATES
-        self._autocast = () if _no_autocast() else autocast_now(self._device.type)
-        self._buffers, self._copies = [], []
-        guarded = self._autocast or self._same_graph
-        if self._quiet and not self._buffered and not guarded:
-            return self._run(self._call, x, self._kwargs)
-        with _LOCK:
+        self._device = x.device.type
+        self._autocast = autocast_now(self._device)
+        if self._quiet and not self._buffered and not self._autocast and self._step.grid is None:
+            return self._run(self._step.call, x, self._kwargs)
+        with _LOCK, ExitStack() as stack:
+            if self._autocast:
+                stack.enter_context(no_autocast_cache())
             if not self._quiet:
                 self._before = get_states(x)
-            if not self._buffered and self._before and not guarded:
-                t = self._run(self._call, x, self._kwargs)
-                self._after = get_states(x)
-                return t
-            buffers = [
+                if not self._before:
+                    stack.enter_context(RefuseRandomness(_CAPTURING))
+            buffers: list[_Buffer] = [
                 (module, module._buffers, name, value, version(value))
                 for module in self._buffered
                 for name, value in module._buffers.items()
                 if value is not None
             ]
-            copies = [value.clone() for _, _, _, value, _ in buffers]
-            capturing = not self._quiet and not self._before
-            if guarded or capturing:
-                t = self._guarded_run(x, capturing=capturing)
-            else:
-                t = self._run(self._call, x, self._kwargs)
+            copies = [buffer[3].clone() for buffer in buffers]
+            t = self._without_gradients(self._run, x)
             if self._before:
                 self._after = get_states(x)
             # A copy is kept of the few buffers that the branch has changed, to run it from there.
-            moved = [
-                table.get(name) is not value or version(value) != count
-                for _, table, name, value, count in buffers
-            ]
+            moved = [b[1].get(b[2]) is not b[3] or version(b[3]) != b[4] for b in buffers]
             self._buffers = [b for b, m in zip(buffers, moved, strict=True) if not m]
             self._copies = [
-                (table, name, copy)
-                for (_, table, name, _, _), copy, m in zip(buffers, copies, moved, strict=True)
-                if m
+                (b[1], b[2], copy) for b, copy, m in zip(buffers, copies, moved, strict=True) if m
             ]
         return t
-
-    def _guarded_run(self, x: Tensor, *, capturing: bool) -> Tensor:
-        with ExitStack() as stack:
-            if self._autocast:
-                stack.enter_context(autocast_as(self._autocast, self._device.type))
-            if capturing:
-                stack.enter_context(RefuseRandomness(_CAPTURING))
-            stack.enter_context(torch.set_grad_enabled(self._same_graph))
-            x = x.detach().requires_grad_(self._needs_x and self._same_graph)
-            return self._run(self._call, x, self._kwargs).detach()
-
-    def _run(self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        if call is not self._call:
-            return run_branch(call, x, kwargs)
-        with self._memory:
-            return run_branch(call, x, kwargs)
-
-    def _lay_out(self, x: Tensor) -> Tensor:
-        """Copies `x` to the strides that the branch saw first; other strides, other bits."""
-        like = torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device)
-        return like.copy_(x)
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
         """Runs the branch again as it ran before, without gradients, leaving no trace.
@@ -192,81 +175,107 @@ class Replay:
             RuntimeError: If a parameter, buffer or argument has changed since, or the branch draws
                 other random numbers than before.
         """
-        self._memory.again = True
         if call is not None:
-            return self._repeat(call, x, _NOTHING)
-        x = x if x.stride() == self._stride else self._lay_out(x)
-        if not self._same_graph:
-            return self._repeat(self._call, x, _NOTHING)
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(self._needs_x)
-            return self._repeat(self._call, x, _NOTHING).detach()
+            return self._repeat(call, x, self._kwargs)
+        return self._without_gradients(self._repeat, self._lay_out(x))
 
-    def repeat_for_gradients(self, x: Tensor, *, needs_x: bool) -> Graph:
+    def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
         """Runs the branch like `repeat`, for a graph of its own.
 
         Args:
             x: The input of the first run, reconstructed.
-            needs_x: Whether its gradient is needed.
 
         Returns:
-            The branch's output and its graph, whose leaves are what stands for `x`, then one tensor
-            for each of `leaves`.
+            The branch's output, and a function from its gradient to those of `x`, None if that is
+            not needed, and of `leaves`.
         """
-        self._memory.again = True
-        x = (x if x.stride() == self._stride else self._lay_out(x)).detach()
-        if needs_x:
+        x = self._lay_out(x).detach()
+        if self.needs_x:
             x.requires_grad_()
-        # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
-        # what the node returns; a stand-in has none.
         leaves, aliases = self.leaves, _NOTHING
-        hooked = [leaf for leaf in leaves if leaf._backward_hooks or not leaf.is_leaf]
-        if hooked:
-            aliases = {id(v): v.detach().requires_grad_(v.requires_grad) for v in hooked}
+        # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
+        # what the node returns; a stand-in has none. Nor does it belong to the CUDA stream of the
+        # forward pass, which need not be that of the repetition while a graph is captured.
+        everywhere = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        strange = [
+            (v, need)
+            for v, need in zip(self._tensors, self._needed)  # noqa: B905 - made together
+            if everywhere or v.requires_grad is not need or not v.is_leaf or v._backward_hooks
+        ]
+        if strange:
+            aliases = {id(v): v.detach().requires_grad_(need) for v, need in strange}
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
         with torch.enable_grad():
             first = torch._C._autograd._get_sequence_nr()
-            t = self._repeat(self._call, x, aliases)
+            # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.
+            seen = x.view_as(x) if _global_forward_pre_hooks else x
+            t = self._repeat(self._step.call, seen, self._kwargs, aliases)
             nodes = torch._C._autograd._get_sequence_nr() - first
         # Arguments may hold other tensors at each call.
-        return Graph(t, [x, *leaves], None if self._kwargs else nodes)
+        known = None if self._kwargs else nodes
+        given = x if self.needs_x else None
+        pull = partial(differentiate, t, given, leaves, self._step.branch, nodes=known)
+        return t.detach(), pull
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        """Copies `x` to the strides that the branch saw first; other strides, other bits."""
+        if x.stride() == self._stride:
+            return x
+        like = torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device)
+        return like.copy_(x)
+
+    def _without_gradients(self, run: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Runs the branch; on a grid by the very code that is run with gradients."""
+        if self._step.grid is None:
+            return run(self._step.call, x, self._kwargs)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(self.needs_x)
+            return run(self._step.call, x, self._kwargs).detach()
+
+    def _run(self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        if call is not self._step.call:
+            return run_branch(call, x, kwargs)
+        with self._memory:
+            return run_branch(call, x, kwargs)
 
     def _repeat(
-        self, call: Callable[..., Tensor], x: Tensor, aliases: Mapping[int, Tensor]
+        self,
+        call: Callable[..., Tensor],
+        x: Tensor,
+        kwargs: Mapping[str, Any],
+        aliases: Mapping[int, Tensor] = _NOTHING,
     ) -> Tensor:
+        self._memory.again = True
         self._refuse_changes()
-        if not aliases and self._is_usual():
-            if not self._norms and not self._before:
-                return self._run(call, x, self._kwargs)
-            with _LOCK:
-                try:
-                    for module in self._norms:
-                        # nn.Module.__setattr__ takes microseconds.
-                        module.__dict__["track_running_stats"] = False
-                    return self._draw_again(call, x, self._kwargs)
-                finally:
-                    for module in self._norms:
-                        module.__dict__["track_running_stats"] = True
-        kwargs = {name: aliases.get(id(value), value) for name, value in self._kwargs.items()}
-        undo: _Undo = []
-        with _LOCK, ExitStack() as stack:
-            stack.callback(_take_back, undo)
-            self._put_back(aliases, undo)
-            stack.enter_context(autocast_as(self._autocast, self._device.type))
-            return self._draw_again(call, x, kwargs)
+        if aliases:
+            kwargs = {name: aliases.get(id(value), value) for name, value in kwargs.items()}
+        run = partial(self._run, call, x, kwargs)
+        if self._before:
+            run = partial(draw_again, self._before, self._after, run, _OTHER_DRAWS)
+        if self._autocast or torch._C._is_any_autocast_enabled():
+            with autocast_as(self._autocast, self._device):
+                return self._in_place(run, aliases)
+        return self._in_place(run, aliases)
 
-    def _draw_again(
-        self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        if not self._before:
-            return self._run(call, x, kwargs)
-        return draw_again(
-            self._before, self._after, lambda: self._run(call, x, kwargs), _OTHER_DRAWS
-        )
+    def _in_place(self, run: Callable[[], Tensor], aliases: Mapping[int, Tensor]) -> Tensor:
+        """Runs something while the branch's modules are what they were."""
+        usual = not aliases and self._is_usual()
+        if usual and not self._norms and not self._before:
+            return run()
+        undo: _Undo = []
+        with _LOCK:
+            try:
+                for module in self._norms:
+                    _swap(module.__dict__, "track_running_stats", False, undo)
+                if not usual:
+                    self._put_back(aliases, undo)
+                return run()
+            finally:
+                _take_back(undo)
 
     def _is_usual(self) -> bool:
-        """Tells whether there is nothing to put back but generators and batch norms' statistics."""
-        if self._buffers or self._copies or self._autocast or not _no_autocast():
+        """Tells whether there is nothing to put back but batch norms' statistics."""
+        if self._buffers or self._copies:
             return False
         if [module.training for module in self._modules] != self._training:
             return False
@@ -277,35 +286,29 @@ class Replay:
 
     def _refuse_changes(self) -> None:
         """Raises if a parameter, a buffer or an argument was changed in place."""
-        if versions(self.leaves) != self._versions:
-            for leaf, count in zip(self.leaves, self._versions, strict=True):
-                if version(leaf) != count:
-                    raise changed(self._name(leaf))
-        if self._arguments:
-            for (name, value), count in zip(
-                self._arguments.items(), self._argument_versions, strict=True
-            ):
-                if version(value) != count:
-                    raise changed(f"argument {name!r}")
+        if versions(self._tensors) != self._versions:
+            for tensor, count in zip(self._tensors, self._versions, strict=True):
+                if version(tensor) != count:
+                    raise changed(self._name(tensor))
         for module, _, name, value, count in self._buffers:
             if version(value) != count:
                 raise changed(f"buffer {name!r} of {type(module).__name__}")
 
-    def _name(self, leaf: Tensor) -> str:
-        for table, found in self._tables:
-            for name, value in found.items():
-                if value is leaf:
-                    owner = next(type(m).__name__ for m in self._modules if m._parameters is table)
-                    return f"parameter {name!r} of {owner}"
-        return f"an argument of {type(self.branch).__name__}"
+    def _name(self, tensor: Tensor) -> str:
+        for module in self._modules:
+            for name, value in module._parameters.items():
+                if value is tensor:
+                    return f"parameter {name!r} of {type(module).__name__}"
+        names = [name for name, value in self._kwargs.items() if value is tensor]
+        return (
+            f"argument {names[0]!r}" if names else f"a tensor of {type(self._step.branch).__name__}"
+        )
 
     def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
         """Makes the branch's modules what they were; `undo` gets what they are now."""
         for module, flag in zip(self._modules, self._training, strict=True):
             if module.training is not flag:
                 _swap(module.__dict__, "training", flag, undo)
-        for module in self._norms:
-            _swap(module.__dict__, "track_running_stats", False, undo)
         for table, found in self._tables:
             for name, value in found.items():
                 wanted = aliases.get(id(value), value)
@@ -320,7 +323,6 @@ class Replay:
 
 
 _ABSENT = object()
-_NOTHING: Mapping[int, Tensor] = {}
 
 
 def _swap(table: _Table, name: str, value: Any, undo: _Undo) -> None:
@@ -334,10 +336,6 @@ def _take_back(undo: _Undo) -> None:
             table.pop(name, None)
         else:
             table[name] = value
-
-
-def _no_autocast() -> bool:
-    return not torch._C._is_any_autocast_enabled()
 
 
 def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

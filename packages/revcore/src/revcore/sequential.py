@@ -19,7 +19,7 @@ from revcore.fixed_point import FixedPointCoupling
 from revcore.invertible import InvertibleStep
 from revcore.randomness import draw_nothing
 from revcore.step import Step
-from revcore.streams import Streams, join, split
+from revcore.streams import Streams, join, split, with_log_det
 
 _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "additive": AdditiveCoupling,
@@ -35,11 +35,16 @@ class _Reversible(nn.Module, ABC):
 
     Attributes:
         reversing: Whether to reverse (True) or store activations as plain autograd does.
+        overlap: Whether a CUDA graph that is captured rebuilds each half-step while the one after
+            it is differentiated, on a second stream: faster, with the memory of one more half-step.
         split_dim: Dimension along which a single input tensor is split.
+        log_det: Whether to return the log-determinant too.
     """
 
     reversing: bool
+    overlap: bool
     split_dim: int
+    log_det: bool = False
 
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps one tensor to one tensor, or streams to a tuple of as many.
@@ -50,7 +55,8 @@ class _Reversible(nn.Module, ABC):
             kwargs: Passed to every branch. Tensors among them get their gradients.
 
         Returns:
-            A tensor like the input, or a tuple of streams.
+            A tensor like the input, or a tuple of streams. With `log_det`, log |det J| of each
+            sample comes behind it, of shape (batch,): `z, log_det = chain(x)`.
 
         Raises:
             ValueError: If a single tensor cannot be split in equal streams.
@@ -62,7 +68,8 @@ class _Reversible(nn.Module, ABC):
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps the output of `forward` back to its input, up to rounding.
 
-        Takes, returns and raises what `forward` does, and keeps no activations either.
+        Takes, returns and raises what `forward` does, and keeps no activations either. The
+        log-determinant is that of the inverse.
         """
         if torch.compiler.is_compiling():
             return self._compiled(y, kwargs, inverted=True)
@@ -98,8 +105,11 @@ class _Reversible(nn.Module, ABC):
             dtypes = [tensor.dtype for tensor in tensors]
             if self._draws(inverted, shapes, dtypes, str(tensors[0].device), names):
                 raise RuntimeError(RANDOM)
-        y = run_compiled(steps, kept, streams, kwargs, reversing=self.reversing)
-        return join(x, y, self.split_dim)
+        if self.log_det:
+            steps = [step.measured() for step in steps]
+        outputs = run_compiled(steps, kept, streams, kwargs, reversing=self.reversing)
+        y = join(x, outputs[: len(streams)], self.split_dim)
+        return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
 
     # Both run once, in Python, while Dynamo traces, which takes their results for constants.
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -178,7 +188,7 @@ class ReversibleBlock(_Reversible):
         self.split_dim = split_dim
         self.keep_input = keep_input
         self.keep_input_inverse = keep_input_inverse
-        self.reversing = True
+        self.reversing = self.overlap = True
 
     @property
     def streams(self) -> int:
@@ -225,13 +235,19 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             the streams joined in one tensor, along `split_dim`.
         split_dim: Dimension along which a single input tensor is split in equal streams; two, if
             the couplings do not say otherwise.
+        log_det: Whether calls return, behind the output, the log-determinant of the Jacobian for
+            each sample, as a normalizing flow needs it. All blocks must have one: couplings by
+            `log_det(a, t)`, other modules by a method `log_det(x)`. Of an inner chain, that of the
+            outer one decides.
 
     Attributes:
         reversing: Whether the chain reverses (True) or stores activations as plain autograd does.
             See `set_reversing`.
+        overlap: Whether a CUDA graph that is captured rebuilds each half-step while the one after
+            it is differentiated, on a second stream: faster, with the memory of one more half-step.
 
     Raises:
-        TypeError: If a block is not reversible.
+        TypeError: If a block is not reversible; in a call, if it has no log-determinant.
         ValueError: If a block is made to split along another dimension.
 
     Example:
@@ -247,10 +263,12 @@ class ReversibleSequential(_Reversible, nn.Sequential):
 
     split_dim: int
     reversing: bool
+    overlap: bool
 
-    def __init__(self, *blocks: nn.Module, split_dim: int = 1) -> None:
+    def __init__(self, *blocks: nn.Module, split_dim: int = 1, log_det: bool = False) -> None:
         self.split_dim = split_dim
-        self.reversing = True
+        self.log_det = log_det
+        self.reversing = self.overlap = True
         super().__init__(*blocks)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -266,14 +284,16 @@ class ReversibleSequential(_Reversible, nn.Sequential):
                 f"block {name} splits along split_dim={module.split_dim} and the chain along "
                 f"split_dim={self.split_dim}; give the chain split_dim={module.split_dim}"
             )
+        if getattr(module, "log_det", False) is True and not self.log_det:
+            raise ValueError(f"block {name} has log_det=True, so the chain needs log_det=True too")
         super().add_module(name, module)
 
     def __getitem__(self, index: slice | int) -> Any:
         """Returns a block, or for a slice the chain of those blocks, which share parameters."""
         if not isinstance(index, slice):
             return super().__getitem__(index)
-        part = type(self)(*list(self)[index], split_dim=self.split_dim)
-        part.reversing = self.reversing
+        part = type(self)(*list(self)[index], split_dim=self.split_dim, log_det=self.log_det)
+        part.reversing, part.overlap = self.reversing, self.overlap
         return part
 
     @property
@@ -346,9 +366,10 @@ def _several(streams: Tensor | Streams) -> Streams:
 def set_reversing(module: M, enabled: bool) -> M:
     """Makes every reversible block and chain in a module reverse, or store its activations.
 
-    Both modes compute the same bits in the forward pass and have the same state dict. Storing is
-    faster and takes memory in proportion to depth; it allows what reversing cannot do, such as
-    double backward.
+    Both modes have the same state dict, and compute the same bits in the forward pass unless a
+    branch takes other kernels without gradients, as `nn.MultiheadAttention` does in evaluation.
+    Storing is faster and takes memory in proportion to depth; it allows what reversing cannot do,
+    such as double backward.
 
     Args:
         module: Any module.

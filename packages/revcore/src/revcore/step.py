@@ -1,4 +1,4 @@
-"""Steps: all that the engine knows of a scheme.
+"""Steps: all that the engines know of a scheme.
 
 A step is an invertible update of a list of streams by one run of one module. Most are half-steps;
 see `revcore.half_step`.
@@ -8,13 +8,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from revcore.replay import Replay
+Gradients = list[Any]  # of tensors, and of None for zeros
+Pullback = Callable[[Tensor], "Sequence[Tensor | None]"]
+Differentiate = Callable[[Gradients], "Sequence[Tensor | None]"]
 
-Run = Callable[[Tensor], Tensor]
-Gradients = tuple["Tensor | None", ...]
+
+class Again(Protocol):
+    """What runs a branch again as it ran before."""
+
+    def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
+        """Runs it, or `call` in its place, without gradients."""
+
+    def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        """Runs it for its graph.
+
+        Returns:
+            Its output, and a function from the output's gradient to those of `x` and the leaves.
+        """
 
 
 class Step(ABC):
@@ -22,79 +36,66 @@ class Step(ABC):
 
     Attributes:
         branch: The module that is run.
-        reads: Indices of the streams that the update depends on.
-        writes: Indices of the streams that it changes.
+        call: How it is run in the direction of this step.
+        inputs: Indices of the streams that the branch reads.
+        writes: Indices of the streams that the update changes.
         grid: Number of fractional bits that all values of all streams have, before the step and
             after it; None for any values.
     """
 
     branch: nn.Module
-    reads: tuple[int, ...]
+    call: Callable[..., Tensor]
+    inputs: tuple[int, ...]
     writes: tuple[int, ...]
     grid: int | None = None
 
-    @property
     @abstractmethod
-    def call(self) -> Callable[..., Tensor]:
-        """How the branch is run in the direction of this step."""
-
-    @abstractmethod
-    def apply(self, run: Run, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Returns the new values of the streams in `writes`, from those in `reads`.
+    def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
+        """Takes all streams, in place of the list, from before the step to after it.
 
         Args:
             run: Runs the branch, once.
-            streams: The streams in `reads`.
+            streams: All streams.
         """
 
     @abstractmethod
-    def undo(self, replay: Replay, streams: list[Tensor]) -> None:
+    def undo(self, again: Again, streams: list[Tensor]) -> None:
         """Takes all streams, in place of the list, from after the step to before it."""
 
     @abstractmethod
-    def backward(
-        self,
-        replay: Replay,
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: Sequence[Tensor],
-        needed: Sequence[bool],
-    ) -> Gradients:
-        """Undoes the step and differentiates it.
+    def rebuild(
+        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
+    ) -> Differentiate:
+        """Undoes the step, and makes the graph of its branch again.
 
         Args:
-            replay: Repeats the branch.
+            again: Runs the branch again.
             streams: All streams after the step; on return, before it.
             kept: All streams before the step, if they were kept.
-            grads: Gradients of the streams in `writes`.
-            needed: Whether a gradient is needed: first for each of `reads`, then for each leaf.
 
         Returns:
-            Gradients: first of each of the streams in `reads`, then of each leaf.
+            A function that takes the gradients of all streams, in place of the list, from after
+            the step to before it, and returns those of the branch's leaves. None stands for zeros.
         """
 
-    @abstractmethod
-    def backward_traced(
-        self,
-        function: Callable[..., Tensor],
-        leaves: Sequence[Tensor],
-        streams: list[Tensor],
-        kept: Sequence[Tensor] | None,
-        grads: list[Tensor],
-    ) -> Sequence[Tensor]:
-        """Does what `backward` does, in code that torch.compile can trace.
+    def measured(self) -> Step:
+        """Creates the same step, which gives its log-determinant too, for a chain that asks for it.
 
-        Args:
-            function: The branch as a function of its input and of `leaves`.
-            leaves: The branch's leaves.
-            streams: All streams after the step; on return, before it.
-            kept: All streams before the step, if they were kept.
-            grads: Gradients of all streams after the step; on return, before it.
+        `apply` then appends log |det J| of the step for each sample, of shape (batch,), to the
+        streams, and what `rebuild` returns takes its gradient from the end of the gradients.
 
-        Returns:
-            Gradients of the leaves.
+        Raises:
+            TypeError: If the step has none.
         """
+        raise TypeError(f"{self!r} has no log-determinant; give the chain log_det=False")
 
     @abstractmethod
     def inverse(self) -> Step:
         """Creates the step that undoes this one."""
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Adds up two gradients, of which None stands for zeros."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -51,3 +51,9 @@ def join(x: Sequence[Tensor], streams: Streams, split_dim: int) -> Tensor | Stre
         return streams
     # A stream that is alone stays the tensor that it is, which a chain around may wait for.
     return streams[0] if len(streams) == 1 else torch.cat(streams, split_dim)
+
+
+def with_log_det(y: Tensor | Streams, log_dets: Sequence[Tensor]) -> Streams:
+    """Appends the sum of log-determinants, of shape (batch,), to a tensor or streams."""
+    streams = (y,) if isinstance(y, Tensor) else y
+    return (*streams, sum(log_dets, streams[0].new_zeros(len(streams[0]))))

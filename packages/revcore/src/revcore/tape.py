@@ -2,7 +2,7 @@
 
 Between forward and backward a chain keeps its outputs (which the next layer keeps anyway), the
 small replay records, and the kept inputs of blocks that ask for it. The backward pass walks down
-from the outputs: `seek(k)` gives the streams as they stood before step `k`.
+from the outputs: `_seek(k)` gives the streams as they stood before step `k`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from revcore.drift import track_drift
+from revcore.randomness import is_capturing
 from revcore.replay import Replay
-from revcore.step import Step
+from revcore.step import Differentiate, Gradients, Step
 from revcore.streams import Streams
 from revcore.versions import version
 
@@ -42,9 +43,9 @@ class Saved:
         """
         if self._versions != tuple(version(stream) for stream in self._tensors):
             raise RuntimeError(
-                f"{self._what} of a reversible chain has been modified by an in-place operation, "
-                "so its activations cannot be reconstructed. Use the out-of-place version, such "
-                "as torch.relu(y) for y.relu_(), or modify y.clone()."
+                f"{self._what} has been modified by an in-place operation, so its activations "
+                "cannot be reconstructed. Use the out-of-place version, such as torch.relu(y) for "
+                "y.relu_(), or modify y.clone()."
             )
         return list(self._tensors)
 
@@ -58,35 +59,92 @@ class Tape:
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
-        self._anchors: dict[int, Saved] = {}
+        self.anchors: dict[int, Saved] = {}
         self._outputs: Saved | None = None
+        # A step, and the streams as they stood before it.
         self._cursor: tuple[int, list[Tensor]] | None = None
+        self._side: torch.cuda.Stream | None = None
+        # The step before the one that was differentiated last, if it has been rebuilt meanwhile.
+        self._ahead: tuple[int, list[Tensor], Differentiate, torch.cuda.Stream] | None = None
         self._released = False
 
     def keep(self, streams: Streams) -> None:
         """Keeps the streams as they stand now, as an exact point to restart from."""
-        self._anchors[len(self.records)] = Saved(streams, "a kept input")
+        self.anchors[len(self.records)] = Saved(streams, "a kept input of a reversible chain")
 
-    def seal(self, outputs: Sequence[Tensor]) -> None:
-        """Ends the recording with the tensors from which everything is reconstructed."""
-        self._outputs = Saved(outputs, "the output")
-
-    def anchor(self, index: int) -> list[Tensor] | None:
-        """Returns the streams before step `index` if they were kept."""
-        saved = self._anchors.get(index)
-        return None if saved is None else saved.get()
-
-    def seek(self, index: int, *, retain: bool) -> list[Tensor]:
-        """Returns the streams as they stood before step `index`, or after all for the last.
-
-        The cursor is handed out, not shared, so that a thread that finds none restarts.
+    def seal(self, outputs: Sequence[Tensor], *, overlap: bool) -> None:
+        """Ends the recording.
 
         Args:
-            index: A step, or the number of steps.
+            outputs: The tensors from which everything is reconstructed.
+            overlap: Whether to rebuild a step while the one after it is differentiated, if a CUDA
+                graph is being captured. Without one the GPU waits for Python, not for itself.
+        """
+        self._outputs = Saved(outputs, "the output of a reversible chain")
+        if overlap and is_capturing(outputs[0].device):
+            self._side = side_stream(outputs[0].device)
+
+    def differentiate(
+        self, index: int, grads: Gradients, *, retain: bool
+    ) -> Sequence[Tensor | None]:
+        """Takes the gradients of all streams from after step `index` to before it.
+
+        Args:
+            index: The step.
+            grads: Gradients of all streams, which are replaced.
             retain: Whether another backward pass may follow, so that what is kept stays.
+
+        Returns:
+            Gradients of the leaves of the step's branch.
 
         Raises:
             RuntimeError: If what the chain kept has been freed or changed in place.
+        """
+        if self._side is not None:
+            return self._overlapped(self._side, index, grads, retain=retain)
+        streams = self._seek(index + 1, retain=retain)
+        differentiate = self._rebuild(index, streams)
+        self._cursor = (index, streams)
+        return differentiate(grads)
+
+    def _overlapped(
+        self, side: torch.cuda.Stream, index: int, grads: Gradients, *, retain: bool
+    ) -> Sequence[Tensor | None]:
+        # Autograd differentiates on the CUDA stream on which a graph was made, so the steps take
+        # turns on two. Each begins when the other has finished, and their memory is therefore safe:
+        # what one frees, the other does not use any more. The cursor keeps what both read.
+        main = torch.cuda.current_stream(side.device)
+        side.wait_stream(main)
+        if self._ahead is not None and self._ahead[0] == index:
+            _, streams, differentiate, lane = self._ahead
+        else:
+            lane, streams = main, self._seek(index + 1, retain=retain)
+            differentiate = self._rebuild(index, streams)
+            side.wait_stream(main)
+        self._ahead, self._cursor = None, (index, streams)
+        if index > 0:
+            other = main if lane is side else side
+            streams = list(streams)
+            with torch.cuda.stream(other):
+                self._ahead = (index - 1, streams, self._rebuild(index - 1, streams), other)
+        with torch.cuda.stream(lane):
+            found = differentiate(grads)
+        main.wait_stream(side)
+        return found
+
+    def _rebuild(self, index: int, streams: list[Tensor]) -> Differentiate:
+        """Takes the streams from after step `index` to before it."""
+        step, replay = self.records[index]
+        saved = self.anchors.get(index)
+        differentiate = step.rebuild(replay, streams, None if saved is None else saved.get())
+        if self.drift is not None:
+            self.drift.compare(step.branch, streams, self.truth[index])
+        return differentiate
+
+    def _seek(self, index: int, *, retain: bool) -> list[Tensor]:
+        """Returns the streams as they stood before step `index`, or after all for the last.
+
+        The cursor is handed out, not shared, so that a thread that finds none restarts.
         """
         if self._released:
             raise RuntimeError(_SECOND_TIME)
@@ -94,8 +152,8 @@ class Tape:
         if cursor is not None and cursor[0] == index:
             return cursor[1]
         start = len(self.records)
-        if self._anchors:
-            start = min((i for i in self._anchors if i >= index), default=start)
+        if self.anchors:
+            start = min((i for i in self.anchors if i >= index), default=start)
         if cursor is not None and index <= cursor[0] <= start:
             position, streams = cursor
         else:
@@ -103,13 +161,12 @@ class Tape:
         while position > index:
             position -= 1
             step, replay = self.records[position]
-            with torch.no_grad():
-                step.undo(replay, streams)
+            step.undo(replay, streams)
         return streams
 
     def _restart(self, start: int, *, retain: bool) -> list[Tensor]:
-        if start in self._anchors:
-            return self._anchors[start].get()
+        if start in self.anchors:
+            return self.anchors[start].get()
         if self._outputs is None:
             raise RuntimeError(_SECOND_TIME)
         streams = self._outputs.get()
@@ -118,17 +175,24 @@ class Tape:
             self._outputs = None
         return streams
 
-    def leave(self, index: int, streams: list[Tensor], *, retain: bool) -> None:
-        """Ends the visit of step `index`, with the streams as they stood before it."""
-        if self.drift is not None:
-            branch = self.records[index][0].branch
-            self.drift.compare(branch, streams, self.truth[index])
-        if index > 0:
-            self._cursor = (index, streams)
-        elif not retain:
-            # Nothing needs the tape any more, and the graph may live as long as the caller's loss.
-            self._released = True
-            self.records.clear()
-            self.truth.clear()
-            self._anchors.clear()
-            self._outputs = None
+    def leave(self, index: int, *, retain: bool) -> None:
+        """Ends the visit of a node whose first step is `index`."""
+        if index == 0:
+            self._cursor = None
+            if not retain:
+                # Nothing needs the tape any more, and the graph may live as long as the loss.
+                self._released = True
+                self.records.clear()
+                self.truth.clear()
+                self.anchors.clear()
+                self._outputs = None
+
+
+_sides: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the second CUDA stream of a device, always the same."""
+    if device not in _sides:
+        _sides[device] = torch.cuda.Stream(device)
+    return _sides[device]

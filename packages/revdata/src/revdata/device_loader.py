@@ -43,15 +43,20 @@ class DeviceLoader(Loader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Whatever can be worked out for all samples at once is, in some hundred kernels an epoch;
-        # four are left for a batch: gather, normalize, combine two masks, apply them.
+        # four are left for a batch: gather, normalize, combine two masks, apply them; and two of
+        # these once more where a square is erased.
         order = self._order(self.device)
         labels = self._labels[order]
         windows = self._windows(order) if self.augment else None
+        squares = self._squares(order) if self.cutout else None
         for part in self._slices():
             if windows is None:
                 x_NHWC = self._normalize(self._images_NHWC[order[part]])
             else:
                 x_NHWC = self._crop(order[part], *(window[part] for window in windows))
+            if squares is not None:
+                rows, columns = (square[part] for square in squares)
+                x_NHWC.masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], 0.0)
             x_NCHW = x_NHWC.permute(0, 3, 1, 2).to(self.dtype)
             yield x_NCHW.contiguous(memory_format=self.memory_format), labels[part]
 

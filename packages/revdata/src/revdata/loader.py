@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revdata.errors import ArgumentError
 from revdata.image_set import ImageSet
-from revdata.order import epoch_order, rank_bounds
+from revdata.order import CUT_COLUMN, CUT_ROW, epoch_order, random_below, rank_bounds
 
 _NEVER_AUGMENTED = ("test", "val")
 
@@ -33,6 +33,10 @@ class Loader(ABC):
         device: Where the batches are.
         augment: Whether to crop and flip at random, as far as `dataset.pad` and `dataset.flip`
             say so. Refused for the splits `test` and `val`.
+        cutout: Side, in pixels, of a square that is erased in each image, around a pixel that is
+            chosen at random; 0 for none. Refused for the splits `test` and `val`. From Improved
+            Regularization of Convolutional Neural Networks with Cutout (DeVries and Taylor, 2017),
+            https://arxiv.org/abs/1708.04552, which takes 16 for CIFAR-10 and 8 for CIFAR-100.
         shuffle: Whether each epoch has its own order.
         seed: Seed of the order and the augmentations.
         rank: Which slice of each global batch to make.
@@ -45,8 +49,8 @@ class Loader(ABC):
 
     Raises:
         ArgumentError: A batch size below one, or not divisible by `world_size`; a rank outside of
-            `range(world_size)`; augmented test images; no images at all, or no whole batch of
-            them with `drop_last`.
+            `range(world_size)`; augmented test images; a square of negative size; no images at all,
+            or no whole batch of them with `drop_last`.
     """
 
     dataset: ImageSet
@@ -54,6 +58,7 @@ class Loader(ABC):
     _: KW_ONLY
     device: torch.device | str = "cpu"
     augment: bool
+    cutout: int = 0
     shuffle: bool
     seed: int = 0
     rank: int = 0
@@ -80,8 +85,13 @@ class Loader(ABC):
                 f"batch size (={batch_size}) counts the images of all processes together and must "
                 f"be divisible by their number (={world_size}): take a multiple of {world_size}"
             )
-        if self.augment and dataset.split in _NEVER_AUGMENTED:
-            raise ArgumentError(f"{dataset.split} images are never augmented: set augment to False")
+        if self.cutout < 0:
+            raise ArgumentError(f"cutout (={self.cutout}) must not be negative")
+        for name, value, off in (("augment", self.augment, False), ("cutout", self.cutout, 0)):
+            if value and dataset.split in _NEVER_AUGMENTED:
+                raise ArgumentError(
+                    f"{dataset.split} images are never augmented: set {name} to {off}"
+                )
         if not len(dataset):
             raise ArgumentError(f"{dataset!r} has no images to make batches of")
         if self.drop_last and batch_size > len(dataset):
@@ -125,6 +135,18 @@ class Loader(ABC):
             shuffle=self.shuffle,
             device=device,
         )
+
+    def _squares(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws which rows, bool (N, H), and columns, (N, W), `cutout` erases of each sample.
+
+        Where both are True a pixel is erased. The square may stick out of the image.
+        """
+        spans = []
+        for size, purpose in zip(self.dataset.images.shape[2:], (CUT_ROW, CUT_COLUMN), strict=True):
+            middle = random_below(size, self.seed, purpose, self.epoch, index=order)[:, None]
+            place = torch.arange(size, device=order.device) - (middle - self.cutout // 2)
+            spans.append((place >= 0) & (place < self.cutout))
+        return spans[0], spans[1]
 
     def _slices(self) -> Iterator[slice]:
         """Where in the epoch's order this rank's part of each batch stands."""

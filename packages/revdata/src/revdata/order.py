@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # What a draw is for; different purposes give independent draws.
-ORDER, CROP_ROW, CROP_COLUMN, FLIP, TRANSFORM = range(5)
+ORDER, CROP_ROW, CROP_COLUMN, FLIP, TRANSFORM, CUT_ROW, CUT_COLUMN = range(7)
 
 
 def _signed(value: int) -> int:

@@ -68,8 +68,13 @@ class TorchLoader(Loader):
         order = self._order("cpu")
         seeds = hash_integers(self.seed, TRANSFORM, self.epoch, index=order)
         keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
-        self._keys.batches = [keys[part] for part in self._slices()]
-        for images, labels in self._batches:
+        parts = list(self._slices())
+        self._keys.batches = [keys[part] for part in parts]
+        squares = self._squares(order) if self.cutout else None
+        for part, (images, labels) in zip(parts, self._batches, strict=True):
+            if squares is not None:
+                rows, columns = (square[part] for square in squares)
+                images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
             x = images.to(self.device, non_blocking=True).to(self.dtype)
             y = labels.to(self.device, non_blocking=True)
             yield x.contiguous(memory_format=self.memory_format), y

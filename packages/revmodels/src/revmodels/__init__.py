@@ -1,5 +1,6 @@
 """Residual networks and their reversible counterparts."""
 
+from revmodels.batchnorm import set_fused
 from revmodels.memcnn import from_memcnn
 from revmodels.registry import Architecture, create_model, get_architecture, list_models
 from revmodels.resnet import ResNet
@@ -13,4 +14,5 @@ __all__ = [
     "from_memcnn",
     "get_architecture",
     "list_models",
+    "set_fused",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from revcore import no_randomness
+from revmodels.batchnorm import batch_norm_relu
 
 BlockKind = Literal["basic", "bottleneck"]
 
@@ -24,6 +26,34 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
     )
 
 
+@no_randomness
+class NormReLU(nn.Module):
+    """Creates a ReLU behind a BatchNorm that is there already, both in full precision."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, C, H, W)` to the same shape."""
+        return batch_norm_relu(self.norm, x, cast=False)
+
+
+@no_randomness
+class ConvNorm(nn.Sequential):
+    """Creates a convolution and a BatchNorm, and with `activate` a ReLU."""
+
+    def __init__(self, convolution: nn.Conv2d, *, activate: bool = False) -> None:
+        super().__init__(convolution, batch_norm(convolution.out_channels))
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
+        convolution, norm = self
+        return batch_norm_relu(norm, convolution(x), relu=self.activate)
+
+
+@no_randomness
 class Branch(nn.Module):
     r"""Creates a pre-activation residual branch, (BatchNorm, ReLU, convolution) repeated.
 
@@ -50,8 +80,7 @@ class Branch(nn.Module):
         """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
         for position, (norm, convolution) in enumerate(zip(self.norms, self.convs, strict=True)):
             if self.activate or position:
-                # BatchNorm does not keep its output, so ReLU may overwrite it.
-                x = F.relu(norm(x), inplace=True)
+                x = batch_norm_relu(norm, x)
             x = convolution(x)
         return x
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revmodels.branches import BlockKind, batch_norm, conv, expansion, make_branch
+from revcore import no_randomness
+from revmodels.batchnorm import batch_norm_relu
+from revmodels.branches import BlockKind, ConvNorm, batch_norm, conv, expansion, make_branch
 
 
+@no_randomness
 class ResidualBlock(nn.Module):
     """Creates an ordinary residual block, `shortcut(x) + branch(x)`.
 
@@ -36,9 +38,7 @@ class ResidualBlock(nn.Module):
         out_channels = channels * expansion(kind)
         self.shortcut: nn.Module = nn.Identity()
         if changes_shape(in_channels, out_channels, stride):
-            self.shortcut = nn.Sequential(
-                conv(in_channels, out_channels, 1, stride), batch_norm(out_channels)
-            )
+            self.shortcut = ConvNorm(conv(in_channels, out_channels, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
@@ -77,7 +77,7 @@ class Network(nn.Module, ABC):
         super().__init__()
         _check(block, blocks, channels, num_classes, in_channels)
         stem, *widths = channels
-        self.stem = nn.Sequential(conv(in_channels, stem, 3), batch_norm(stem), nn.ReLU())
+        self.stem = ConvNorm(conv(in_channels, stem, 3), activate=True)
         self.stages = nn.Sequential()
         width = stem
         for position, (count, inner) in enumerate(zip(blocks, widths, strict=True)):
@@ -115,7 +115,10 @@ class Network(nn.Module, ABC):
             Logits, shape `(N, num_classes)`.
         """
         x = self.stages(self.stem(x))
-        x = F.relu(self.norm(x), inplace=True)
+        return self.classify(batch_norm_relu(self.norm, x, cast=False))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Maps the last activations `(N, C, H, W)` to logits."""
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
 

@@ -47,7 +47,12 @@ class Architecture:
         return sum(self.blocks) * convolutions * branches + 2
 
     def build(
-        self, num_classes: int = 10, in_channels: int = 3, *, reversing: bool = True
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        reversing: bool = True,
+        recompute: bool = False,
     ) -> ResNet | RevNet:
         """Creates the net with fresh weights.
 
@@ -55,13 +60,14 @@ class Architecture:
             num_classes: Size of the output.
             in_channels: Channels of the images.
             reversing: Whether a RevNet reverses or stores its activations. A ResNet always stores.
+            recompute: Whether a RevNet recomputes what it cannot reverse.
 
         Raises:
             ValueError: If a size is out of range, or channels cannot be split in two streams.
         """
         arguments = (self.block, self.blocks, self.channels, num_classes, in_channels)
         if issubclass(self.network, RevNet):
-            return self.network(*arguments, reversing=reversing)
+            return self.network(*arguments, reversing=reversing, recompute=recompute)
         return self.network(*arguments)
 
 
@@ -87,7 +93,12 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    name: str, num_classes: int = 10, in_channels: int = 3, *, reversing: bool = True
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    *,
+    reversing: bool = True,
+    recompute: bool = False,
 ) -> ResNet | RevNet:
     """Creates a net by name, with fresh weights.
 
@@ -96,6 +107,7 @@ def create_model(
         num_classes: Size of the output.
         in_channels: Channels of the images.
         reversing: Whether a RevNet reverses or stores its activations. A ResNet always stores.
+        recompute: Whether a RevNet recomputes what it cannot reverse, and keeps less.
 
     Returns:
         A net that maps images `(N, in_channels, H, W)` to logits `(N, num_classes)`.
@@ -108,7 +120,9 @@ def create_model(
         >>> sum(parameter.numel() for parameter in net.parameters())
         573994
     """
-    return get_architecture(name).build(num_classes, in_channels, reversing=reversing)
+    return get_architecture(name).build(
+        num_classes, in_channels, reversing=reversing, recompute=recompute
+    )
 
 
 def get_architecture(name: str) -> Architecture:

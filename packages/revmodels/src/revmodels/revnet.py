@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from revcore import AdditiveCoupling, ReversibleSequential, set_reversing
-from revmodels.branches import BlockKind, expansion, make_branch
+from revcore import AdditiveCoupling, ReversibleSequential, recompute, set_reversing
+from revmodels.branches import BlockKind, NormReLU, expansion, make_branch
 from revmodels.network import Network, ResidualBlock, changes_shape
 
 
@@ -52,9 +52,18 @@ class ReversibleStage(nn.Module):
             )
             self.chain.append(AdditiveCoupling(f, g))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
-        x = self.transition(x)
+    def forward(self, x: Tensor, before: Sequence[nn.Module] | None = None) -> Tensor:
+        """Maps `(N, C, H, W)` to `(N, C', H', W')`.
+
+        Args:
+            x: The input.
+            before: Given if the first block is to be recomputed; modules that come before it and
+                are recomputed together with it.
+        """
+        if before is None:
+            x = self.transition(x)
+        elif before or not isinstance(self.transition, nn.Identity):
+            x = recompute(nn.Sequential(*before, self.transition), x)
         if torch.is_autocast_enabled(x.device.type):
             # Rounding errors of the reconstruction stay small while the streams are float32, even
             # where the branches compute in half precision.
@@ -78,6 +87,9 @@ class RevNet(Network):
         in_channels: Channels of the images.
         reversing: Whether to reverse, or to store activations as plain autograd does; the same as
             `revcore.set_reversing(net, reversing)`.
+        recompute: Whether to run what cannot be reversed (the stem, the blocks at which the shape
+            changes, the last BatchNorm and ReLU) again in the backward pass, and keep only what
+            goes into it. An attribute of this name can be changed later.
 
     Raises:
         ValueError: If an argument is out of its range, or a number of channels cannot be split.
@@ -98,9 +110,19 @@ class RevNet(Network):
         in_channels: int = 3,
         *,
         reversing: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__(block, blocks, channels, num_classes, in_channels)
         set_reversing(self, reversing)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.recompute:
+            return super().forward(x)
+        before = [self.stem]
+        for stage in self.stages:
+            x, before = stage(x, before), []
+        return self.classify(recompute(NormReLU(self.norm), x))
 
     def make_stage(
         self,

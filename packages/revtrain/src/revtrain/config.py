@@ -67,8 +67,9 @@ class TrainConfig:
     config` or `accelerate launch` says, else no. On NVIDIA GPUs convolutions in float32 use TF32,
     as is PyTorch's default."""
     graph: Annotated[bool, Parameter(negative="--no-graph")] = True
-    """On one NVIDIA GPU, make one CUDA graph of the training step: same results, up to four times
-    faster. --no-graph launches it from Python, as is done wherever a graph cannot be made."""
+    """On one NVIDIA GPU, make one CUDA graph of the training step: the same results up to rounding,
+    up to six times faster. --no-graph launches it from Python, as is done wherever a graph cannot
+    be made."""
     accumulate: int | None = None
     """Parts that each batch goes through the network in, one after the other, where it is too large
     for the device. The batch stays as large; batch normalization sees its parts. Default: what the

@@ -67,6 +67,7 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
         kind=config.loader,
         train=True,
         augment=recipe.augment,
+        cutout=recipe.cutout,
         seed=config.seed,
     )
     test = make_loader(images, EVALUATION_BATCH, accelerator, kind=config.loader)
@@ -114,6 +115,7 @@ def make_loader(
     kind: str = "device",
     train: bool = False,
     augment: bool = False,
+    cutout: int = 0,
     seed: int = 0,
 ) -> revdata.Loader:
     """Makes this process's loader: shuffled whole batches to train on, or all images in order."""
@@ -129,6 +131,7 @@ def make_loader(
         batch_size,
         device=accelerator.device,
         augment=augment,
+        cutout=cutout,
         shuffle=train,
         drop_last=train,
         seed=seed,

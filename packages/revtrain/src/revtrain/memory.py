@@ -83,6 +83,15 @@ def compare_memory(
 
     Raises:
         ValueError: The network is not reversible.
+
+    Example:
+        >>> spec = NetSpec.of("revnet38", num_classes=10, in_channels=1, channels=(4, 4, 8, 8))
+        >>> x, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
+        >>> two, four = compare_memory(spec, x, labels, Accelerator(cpu=True), depths=(2, 4))
+        >>> two.reversing.activation_bytes == four.reversing.activation_bytes
+        True
+        >>> two.stored.activation_bytes < four.stored.activation_bytes
+        True
     """
     if not spec.architecture.reversible:
         raise ValueError(f"model (={spec.model!r}) is not reversible: there is nothing to compare")

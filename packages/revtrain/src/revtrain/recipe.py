@@ -63,6 +63,9 @@ class Recipe:
     """Share of the target that is spread evenly over all classes."""
     augment: bool = True
     """Whether to crop (and flip) the training images at random, as far as that suits the data."""
+    cutout: int = 0
+    """Side, in pixels, of a square that is erased in each training image (DeVries and Taylor 2017);
+    0 for none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -84,10 +87,11 @@ class Recipe:
             raise ValueError("nesterov (=True) needs a momentum greater than 0")
         _check("weight_decay", self.weight_decay, least=0)
         _check("label_smoothing", self.label_smoothing, least=0, below=1)
+        _check("cutout", self.cutout, least=0)
 
     def _check_types(self) -> None:
         for names, types, what in (
-            (("batch_size",), int, "a whole number"),
+            (("batch_size", "cutout"), int, "a whole number"),
             (("epochs", "steps"), (int, type(None)), "a whole number"),
             (("nesterov", "augment"), bool, "true or false"),
         ):

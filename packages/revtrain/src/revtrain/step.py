@@ -8,7 +8,7 @@ host's: a number that is copied to the device before each step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 
 from revcore import track_drift
+from revmodels import set_fused
 from revtrain.accumulate import forward_backward
 from revtrain.capture import CapturedCall, why_not_capture
+from revtrain.cast_weights import CastWeights
 from revtrain.guard import Guard
 from revtrain.meter import Meter
 from revtrain.net import unwrap
@@ -70,6 +72,13 @@ class TrainStep:
         self._step = CapturedCall(self._eager, device, enabled=graph)
         if self._step.why_not is None:
             self._step.why_not = _why_not(model, accelerator)
+        # From the first step on, so that the steps before the capture have the same bits.
+        set_fused(model, self._step.why_not is None)
+        self._weights: CastWeights | None = None
+        # Otherwise parts of a batch, or processes, would add up their gradients in low precision.
+        alone = accelerator.num_processes == 1 and accelerator.gradient_accumulation_steps == 1
+        if alone and accelerator.mixed_precision == "bf16":
+            self._weights = CastWeights(model, torch.bfloat16)
 
     @property
     def why_no_graph(self) -> str | None:
@@ -145,9 +154,10 @@ class TrainStep:
         guard, optimizer = self._guard, self._optimizer
         x, labels = guard.hold(x, labels)
         saved = guard.save_buffers()
-        loss, logits = forward_backward(
-            self._model, x, labels, self._cross_entropy, self._accelerator, poison=guard.poison
-        )
+        with self._weights.in_use() if self._weights is not None else nullcontext():
+            loss, logits = forward_backward(
+                self._model, x, labels, self._cross_entropy, self._accelerator, poison=guard.poison
+            )
         if self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(optimizer)
         grads = [p.grad for p in self._model.parameters() if p.grad is not None]

@@ -62,6 +62,16 @@ def train(config: TrainConfig) -> Result:
         DriftError: Reconstructed activations are further off than `config.drift_bound`.
         Interrupted: SIGTERM or Ctrl-C stopped the run, between two steps and with a checkpoint.
             Python exits with status 143 or 130 if nothing catches it.
+
+    Example:
+        >>> import tempfile
+        >>> config = TrainConfig(
+        ...     data="digits", epochs=1, blocks=(1, 1, 1), channels=(4, 4, 8, 8), memory=False,
+        ...     out=Path(tempfile.mkdtemp(), "run"),
+        ... )
+        >>> result = train(config)
+        >>> 0 < result.summary["test_accuracy"] < 1
+        True
     """
     return Trainer(config).run()
 
