@@ -48,9 +48,9 @@ def differentiate(
         return [None] * (len(leaves) + 1)
     if nodes is None or _walked.get(branch) != (nodes, len(wanted)):
         refuse_foreign_leaves(t, wanted, branch)
-        _warn_of_side_results(branch)
-        if nodes is not None:
-            _walked[branch] = (nodes, len(wanted))
+        if branch not in _walked:
+            _warn_of_side_results(branch)
+        _walked[branch] = (nodes or 0, len(wanted))
     if grad.dtype != t.dtype:
         grad = grad.to(t.dtype)
     # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:
@@ -66,7 +66,8 @@ def _warn_of_side_results(branch: nn.Module) -> None:
     for name, module in branch.named_modules():
         for attribute, value in vars(module).items():
             # A weight that is computed from a weight_orig or weight_g beside it is none.
-            own = any(key.startswith(f"{attribute}_") for key in module._parameters)
+            names = [key for key, _ in module.named_parameters(recurse=False)]
+            own = any(key.startswith(f"{attribute}_") for key in names)
             if isinstance(value, Tensor) and value.grad_fn is not None and not own:
                 where = f"{name}.{attribute}" if name else attribute
                 warnings.warn(
