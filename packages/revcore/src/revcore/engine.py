@@ -9,6 +9,7 @@ that stores its activations. Autograd's order guarantees that later blocks come 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -282,12 +283,18 @@ def reverse(
     streams = split(x, split_dim, container.streams)
     if joined:
         return join(x, body(*streams, **kwargs), split_dim)
-    y: Tensor | Streams = _reverse_alone(container, body, x, streams, kwargs)
-    return y
+    if "torch._dynamo" not in sys.modules:
+        return _reverse_alone(container, body, x, streams, kwargs)
+    # Where the compiled engine refuses a chain, torch runs it eagerly and would compile parts of
+    # it. As a decorator, torch.compiler.disable would import Dynamo, which takes seconds.
+    if not _disabled:
+        _disabled.append(torch.compiler.disable(_reverse_alone))
+    return _disabled[0](container, body, x, streams, kwargs)
 
 
-# Where the compiled engine refuses a chain, torch runs it eagerly and would compile parts of this.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+_disabled: list[Callable[..., Tensor | Streams]] = []
+
+
 def _reverse_alone(
     container: Container,
     body: Callable[..., Streams],

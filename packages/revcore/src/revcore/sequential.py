@@ -28,6 +28,13 @@ _COUPLINGS: dict[str, Callable[..., Coupling]] = {
 }
 
 M = TypeVar("M", bound=nn.Module)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _constant(function: F) -> F:
+    # All that torch._dynamo.assume_constant_result does, without importing it, which takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class _Reversible(nn.Module, ABC):
@@ -112,12 +119,12 @@ class _Reversible(nn.Module, ABC):
         return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
 
     # Both run once, in Python, while Dynamo traces, which takes their results for constants.
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant
     def _draws_nothing(self) -> bool:
         steps, _ = self._plan(self.streams, inverted=False)
         return all(draw_nothing(list(step.branch.modules())) for step in steps)
 
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant
     def _draws(
         self,
         inverted: bool,
