@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from revcore.compiled import run_compiled
 from revcore.graph import refuse_foreign_leaves
@@ -283,16 +284,10 @@ def reverse(
     streams = split(x, split_dim, container.streams)
     if joined:
         return join(x, body(*streams, **kwargs), split_dim)
-    if "torch._dynamo" not in sys.modules:
-        return _reverse_alone(container, body, x, streams, kwargs)
-    # Where the compiled engine refuses a chain, torch runs it eagerly and would compile parts of
-    # it. As a decorator, torch.compiler.disable would import Dynamo, which takes seconds.
-    if not _disabled:
-        _disabled.append(torch.compiler.disable(_reverse_alone))
-    return _disabled[0](container, body, x, streams, kwargs)
-
-
-_disabled: list[Callable[..., Tensor | Streams]] = []
+    # Where the compiled engine refuses a chain, torch runs it eagerly and would compile parts.
+    # Dynamo takes seconds to import, which is torch's matter if it compiles and never ours.
+    alone = _reverse_untraced if "torch._dynamo" in sys.modules else _reverse_alone
+    return alone(container, body, x, streams, kwargs)
 
 
 def _reverse_alone(
@@ -321,6 +316,9 @@ def _reverse_alone(
     elif tape is not None:
         tape.seal(outputs, overlap=container.overlap)
     return with_log_det(y, call.log_dets) if container.log_det else y
+
+
+_reverse_untraced = _disable_dynamo(_reverse_alone)
 
 
 def keep(streams: Streams) -> None:

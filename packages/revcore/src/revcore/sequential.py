@@ -27,6 +27,7 @@ _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "fixed_point": FixedPointCoupling,
 }
 
+F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +36,12 @@ def _constant(function: F) -> F:
     # All that torch._dynamo.assume_constant_result does, without importing it, which takes seconds.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def _constant(method: F) -> F:
+    """Does what torch._dynamo.assume_constant_result does, without its import, of seconds."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 class _Reversible(nn.Module, ABC):
