@@ -29,13 +29,6 @@ _COUPLINGS: dict[str, Callable[..., Coupling]] = {
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _constant(function: F) -> F:
-    # All that torch._dynamo.assume_constant_result does, without importing it, which takes seconds.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def _constant(method: F) -> F:
