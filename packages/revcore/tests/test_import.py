@@ -16,3 +16,14 @@ print(before, "torch._dynamo" in sys.modules, "sympy" in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False", "False"]
+
+
+def test_nothing_but_revcore_is_imported():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import revcore
+print(*(name for name in set(sys.modules) - before if name.split(".")[0] != "revcore"))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
