@@ -111,6 +111,16 @@ def test_parameter_changed_before_backward():
         y.sum().backward()
 
 
+def test_parameter_given_other_data_before_backward():
+    """`p.data = ...` is not counted as a change in place."""
+    case = make_case("additive", "mlp", 2)
+    y = case.chain(case.x)
+    weight = case.chain[0].coupling.f[0].weight
+    weight.data = weight.data + 1
+    with pytest.raises(RuntimeError, match="parameter 'weight' of Linear was changed in place"):
+        y.sum().backward()
+
+
 def test_buffer_changed_before_backward():
     case = make_case("additive", "conv2d", 2)
     case.chain.eval()

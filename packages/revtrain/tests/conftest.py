@@ -1,6 +1,7 @@
 """Ways to run: from Python, from the command line, on CIFAR-10."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from tiny import TINY, write_small_cifar10
 
 import revtrain
 from revtrain.cli import main
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    # What a shell starts in the background ignores Ctrl-C, and so would these tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -28,7 +28,7 @@ from revcore.graph import differentiate
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, draw_nothing, get_states
 from revcore.remember import Memory
 from revcore.step import Pullback
-from revcore.versions import changed, version, versions
+from revcore.versions import changed, storages, version, versions
 
 # These read their running statistics only in evaluation, so switching `track_running_stats` off
 # repeats a training-mode run exactly and is cheaper than exchanging buffers. Subclasses may use
@@ -117,6 +117,7 @@ class Replay:
         self._training = [module.training for module in modules]
         self._tensors: list[Tensor] = tensors
         self._versions = versions(tensors)
+        self._storages = storages(tensors)
         self._needed = [tensor.requires_grad for tensor in tensors]
         self.leaves = [v for v in tensors if v.requires_grad] if False in self._needed else tensors
         self._quiet = draw_nothing(modules)
@@ -286,10 +287,12 @@ class Replay:
 
     def _refuse_changes(self) -> None:
         """Raises if a parameter, a buffer or an argument was changed in place."""
-        if versions(self._tensors) != self._versions:
-            for tensor, count in zip(self._tensors, self._versions, strict=True):
-                if version(tensor) != count:
-                    raise changed(self._name(tensor))
+        now, then = versions(self._tensors), self._versions
+        if now == then:  # p.data = ... does not count
+            now, then = storages(self._tensors), self._storages
+        if now != then:
+            changes = zip(self._tensors, now, then, strict=True)
+            raise changed(self._name(next(tensor for tensor, a, b in changes if a != b)))
         for module, _, name, value, count in self._buffers:
             if version(value) != count:
                 raise changed(f"buffer {name!r} of {type(module).__name__}")

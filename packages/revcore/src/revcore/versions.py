@@ -20,6 +20,14 @@ def versions(tensors: Collection[Tensor]) -> list[int]:
         return [version(tensor) for tensor in tensors]
 
 
+def storages(tensors: Collection[Tensor]) -> list[int]:
+    """Identifies the memory of each tensor, whoever fills it; of none where there is none."""
+    try:
+        return [tensor.untyped_storage()._cdata for tensor in tensors]
+    except (RuntimeError, NotImplementedError, ValueError):  # wraps others, or is lazy
+        return [0] * len(tensors)
+
+
 def changed(what: str) -> RuntimeError:
     """Creates the error for a tensor that a branch cannot be repeated without."""
     return RuntimeError(
