@@ -81,6 +81,7 @@ def fill(text: str) -> str:
         "single": lambda: runs(link=False),
         "twins": twins,
         "steps": steps,
+        "ten_thousand": ten_thousand,
         "several": several_gpus,
     }
 
@@ -171,6 +172,38 @@ def batches() -> str:
             f"{title(record)} on {machine(record)}, by `{record['command']}`:\n\n"
             + table("way, GB, largest batch, images per second", rows)
         )
+    return "\n\n".join(parts) or "No record yet."
+
+
+def ten_thousand() -> str:
+    """Returns what nets of up to ten thousand layers cost, and what the deepest learned."""
+    parts = []
+    for record in records("ten-thousand-*.json"):
+        training = record["training"]
+        rows = [
+            [
+                *(f"{row['convolutions']:,}", "reversed" if row["reversing"] else "stored"),
+                *(megabytes(row["kept_bytes"]), megabytes(row["peak_bytes"])),
+                *("" if row["step_ms"] is None else f"{row['step_ms']:,.1f}", row["launch"]),
+                f"{row['first_steps_seconds']:.1f}",
+            ]
+            for row in record["rows"]
+        ]
+        header = "layers, activations, kept MB, peak MB, ms, launch, first five steps s"
+        losses = training["losses"]
+        parts.append(
+            f"{record['data']}, batch of {record['batch'][0]}, on {hardware(record)}, by "
+            f"`{record['command']}`. In {len(losses)} steps ({training['seconds']:.0f} s) the "
+            f"deepest net's loss went from {losses[0]:.2f} to {statistics.mean(losses[-10:]):.2f} "
+            f"(mean of the last ten):\n\n{table(header, rows)}"
+        )
+    if parts:
+        parts += [
+            "\n".join(
+                f"![Loss over steps](assets/figures/ten-thousand-{theme}.svg#only-{theme})"
+                for theme in ("light", "dark")
+            )
+        ]
     return "\n\n".join(parts) or "No record yet."
 
 

@@ -134,3 +134,18 @@ def test_several_processes_share_a_network_in_all_ways(tmp_path):
     assert all(row["images_per_second"] > 0 for row in speed["rows"])
     for row in speed["readiness"]:  # so small a net fills one bucket, at the end of the pass
         assert 0.5 < row["ready_at"][-1] <= 1
+
+
+def test_a_deep_net_learns_in_the_memory_of_a_shallow_one(run_here, tmp_path):
+    output = tmp_path / "ten-thousand-cpu.json"
+    options = ("--cpu", "--data", "digits", "--layers", 20, 60, "--channels", 4, 4, 8, 8)
+    options += ("--batch-size", 50, "--steps", 25, "--output", output)
+    assert run_here("ten_thousand.py", *options)[0] == 0
+    record = json.loads(output.read_text())
+    stored, shallow, deep = record["rows"]
+    assert (shallow["convolutions"], deep["convolutions"]) == (21, 69)
+    assert deep["kept_bytes"] == shallow["kept_bytes"] < stored["kept_bytes"]
+    assert all(row["step_ms"] > 0 for row in record["rows"])
+    losses = record["training"]["losses"]
+    assert len(losses) == 25
+    assert sum(losses[-5:]) < sum(losses[:5])
