@@ -270,3 +270,5 @@ def benchmarks(session: nox.Session) -> None:
         shallow = ("--layers", "20", "60", "--channels", "4", "4", "8", "8", "--steps", "25")
         shallow += ("--cpu", "--data", "digits", "--batch-size", "50")
         session.run("python", "benchmarks/ten_thousand.py", *shallow)
+        batches = ("--cpu", "--gigabytes", "--batches", "4", "8", *small[1:10])
+        session.run("python", "benchmarks/batch.py", *batches)

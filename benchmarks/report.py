@@ -156,22 +156,26 @@ def steps() -> str:
 
 
 def batches() -> str:
-    """Returns the largest batches in capped memory."""
+    """Returns memory and speed over the batch, and the largest batches in capped memory."""
     parts = []
     for record in records("batch-*.json"):
         rows = [
-            [row["way"], f"{row['gigabytes']:g}", row["error"], ""]
-            if "error" in row
-            else [
-                *(row["way"], f"{row['gigabytes']:g}", f"{row['batch_size']:,}"),
-                f"{row['images_per_second']:,.0f}",
+            [
+                *(row["way"], f"{row['gigabytes']:g}" if "gigabytes" in row else ""),
+                row.get("error") or f"{row['batch_size']:,}",
+                *(megabytes(row.get("kept_bytes")), megabytes(row.get("peak_bytes"))),
+                f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "",
             ]
             for row in record["rows"]
         ]
+        precision = "float32" if record["precision"] == "no" else record["precision"]
         parts.append(
-            f"{title(record)} on {machine(record)}, by `{record['command']}`:\n\n"
-            + table("way, GB, largest batch, images per second", rows)
+            f"{title(record)}, {precision}, eager, on {machine(record)}, by "
+            f"`{record['command']}`; lines with *GB* have the largest batch in so much memory:\n\n"
+            + table("way, GB, batch, kept MB, peak MB, images per second", rows)
         )
+    if parts:
+        parts.append(picture("Memory over the batch", "batch-memory"))
     return "\n\n".join(parts) or "No record yet."
 
 
@@ -198,12 +202,7 @@ def ten_thousand() -> str:
             f"(mean of the last ten):\n\n{table(header, rows)}"
         )
     if parts:
-        parts += [
-            "\n".join(
-                f"![Loss over steps](assets/figures/ten-thousand-{theme}.svg#only-{theme})"
-                for theme in ("light", "dark")
-            )
-        ]
+        parts.append(picture("Loss over steps", "ten-thousand"))
     return "\n\n".join(parts) or "No record yet."
 
 
@@ -601,6 +600,12 @@ def hardware(record: dict[str, Any]) -> str:
     precision = machine["mixed_precision"]
     suffix = "" if precision == "no" else f", {precision}"
     return f"{device}, torch {record['versions']['torch']}{suffix}"
+
+
+def picture(title: str, name: str) -> str:
+    return "\n".join(
+        f"![{title}](assets/figures/{name}-{theme}.svg#only-{theme})" for theme in figures.THEMES
+    )
 
 
 def table(header: str, rows: list[list[str]]) -> str:
