@@ -137,6 +137,12 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
+@nox.session(default=False, venv_backend="none")
+def lines(session: nox.Session) -> None:
+    """Count the lines of code of revcore."""
+    session.run("python", "tests/lines_of_code.py", "packages/revcore/src/revcore")
+
+
 @nox.session(requires=["build", "torch"])
 def types(session: nox.Session) -> None:
     """Check the types of each package against the installed wheels of the others."""

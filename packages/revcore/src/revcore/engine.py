@@ -9,6 +9,7 @@ that stores its activations. Autograd's order guarantees that later blocks come 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from revcore.compiled import run_compiled
 from revcore.graph import refuse_foreign_leaves
@@ -282,12 +284,12 @@ def reverse(
     streams = split(x, split_dim, container.streams)
     if joined:
         return join(x, body(*streams, **kwargs), split_dim)
-    y: Tensor | Streams = _reverse_alone(container, body, x, streams, kwargs)
-    return y
+    # Where the compiled engine refuses a chain, torch runs it eagerly and would compile parts.
+    # Dynamo takes seconds to import, which is torch's matter if it compiles and never ours.
+    alone = _reverse_untraced if "torch._dynamo" in sys.modules else _reverse_alone
+    return alone(container, body, x, streams, kwargs)
 
 
-# Where the compiled engine refuses a chain, torch runs it eagerly and would compile parts of this.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _reverse_alone(
     container: Container,
     body: Callable[..., Streams],
@@ -314,6 +316,9 @@ def _reverse_alone(
     elif tape is not None:
         tape.seal(outputs, overlap=container.overlap)
     return with_log_det(y, call.log_dets) if container.log_det else y
+
+
+_reverse_untraced = _disable_dynamo(_reverse_alone)
 
 
 def keep(streams: Streams) -> None:

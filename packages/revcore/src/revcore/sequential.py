@@ -27,7 +27,14 @@ _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "fixed_point": FixedPointCoupling,
 }
 
+F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
+
+
+def _constant(method: F) -> F:
+    """Does what torch._dynamo.assume_constant_result does, without its import, of seconds."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 class _Reversible(nn.Module, ABC):
@@ -112,12 +119,12 @@ class _Reversible(nn.Module, ABC):
         return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
 
     # Both run once, in Python, while Dynamo traces, which takes their results for constants.
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant
     def _draws_nothing(self) -> bool:
         steps, _ = self._plan(self.streams, inverted=False)
         return all(draw_nothing(list(step.branch.modules())) for step in steps)
 
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    @_constant
     def _draws(
         self,
         inverted: bool,
