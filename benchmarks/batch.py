@@ -68,19 +68,19 @@ def main() -> None:
         for row in measure(arguments, arguments.ways[0], accelerator):
             print(json.dumps(row), flush=True)
         return
-    rows = []
-    for name in arguments.ways:
-        for row in in_a_process(name):
-            rows.append({"way": name, **row})
-            print(rows[-1], flush=True)
+    rows: list[dict[str, Any]] = []
     record = {
         "question": "Which batch fits into so many gigabytes, and how fast is it?",
         "model": make_spec(arguments).to_json(),
         "precision": arguments.precision,
         "rows": rows,
     }
-    if arguments.output:
-        write_json(arguments.output, record | provenance(accelerator))
+    for name in arguments.ways:
+        for row in in_a_process(name):
+            rows.append({"way": name, **row})
+            print(rows[-1], flush=True)
+        if arguments.output:  # after each way, for one that follows may outlast the time there is
+            write_json(arguments.output, record | provenance(accelerator))
 
 
 def in_a_process(name: str) -> list[dict[str, Any]]:

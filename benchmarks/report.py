@@ -196,10 +196,10 @@ def ten_thousand() -> str:
         header = "layers, activations, kept MB, peak MB, ms, launch, first five steps s"
         losses = training["losses"]
         parts.append(
-            f"{record['data']}, batch of {record['batch'][0]}, on {hardware(record)}, by "
-            f"`{record['command']}`. In {len(losses)} steps ({training['seconds']:.0f} s) the "
-            f"deepest net's loss went from {losses[0]:.2f} to {statistics.mean(losses[-10:]):.2f} "
-            f"(mean of the last ten):\n\n{table(header, rows)}"
+            f"{record['data']}, {record['scheme']}, batch of {record['batch'][0]}, on "
+            f"{hardware(record)}, by `{record['command']}`. In {len(losses)} "
+            f"steps ({training['seconds']:.0f} s) the deepest net's loss went from {losses[0]:.2f} to {statistics.mean(losses[-10:]):.2f} "
+            f"(mean of the last ten). {training['error'] or ''}\n\n{table(header, rows)}"
         )
     if parts:
         parts.append(picture("Loss over steps", "ten-thousand"))

@@ -30,19 +30,22 @@ import torch
 from accelerate import Accelerator
 from step import memory, run, warm_up
 from torch import Tensor, nn
-from ways import Way
+from ways import Way, by_fixed_point
 
+from revcore import set_reversing
 from revdata import Loader
 from revtrain.data import load_images, make_loader
 from revtrain.files import write_json
 from revtrain.launch import make_accelerator
 from revtrain.meter import Meter
 from revtrain.net import NetSpec, to_device
+from revtrain.nonfinite import NonFiniteLossError
 from revtrain.optim import make_optimizer, make_scheduler
 from revtrain.provenance import provenance
 from revtrain.recipe import Recipe
 from revtrain.step import TrainStep
 
+SCHEMES = {"additive": None, "fixed-point": by_fixed_point}
 STARTED = time.perf_counter()
 _WARM_UP = 5  # three steps before the capture, the capture, one more
 _CHUNK = 10  # steps between two looks at the clock, which wait for the device
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=170, help="for all of it, about")
     parser.add_argument("--lr", type=float, default=0.1, help="the peak of one cycle over --steps")
     parser.add_argument("--precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--scheme", default="additive", choices=list(SCHEMES))
     parser.add_argument("--recompute", action="store_true", help="stem, transitions and head too")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     parser.add_argument("--seed", type=int, default=0)
@@ -85,6 +89,7 @@ def main() -> None:
         "batch": [size, *images.images.shape[1:]],
         "channels": arguments.channels,
         "precision": arguments.precision,
+        "scheme": arguments.scheme,
         "recompute": arguments.recompute,
         "rows": [],
     }
@@ -145,9 +150,14 @@ class Subject:
     ) -> None:
         self.accelerator, self.steps = accelerator, arguments.steps
         spec = make_spec(layers, sizes, arguments.channels)
-        self.way = Way(reversing=reversing, recompute=arguments.recompute and reversing)
+        self.way = Way(
+            SCHEMES[arguments.scheme],
+            reversing=reversing,
+            recompute=arguments.recompute and reversing,
+        )
         started = time.perf_counter()
         net = to_device(self.way.build(spec, arguments.seed), accelerator.device)
+        set_reversing(net, reversing)  # a way's own chains reverse
         recipe = Recipe(
             batch_size=arguments.batch_size,
             lr=arguments.lr,
@@ -188,20 +198,24 @@ class Subject:
         self._weigh(*next(source))
         meters: list[Meter] = []
         times: list[float] = []
+        error = None
         began = time.perf_counter()
-        while len(meters) < self.steps and (not meters or time.perf_counter() < deadline):
-            started = time.perf_counter()
-            chunk = min(_CHUNK if meters else _WARM_UP, self.steps - len(meters))
-            for _ in range(chunk):
-                x, labels = next(source)
-                meters.append(Meter(x.device))
-                self.step(x, labels, meters[-1])
-            self._wait()
-            if len(meters) == chunk:
-                self._tell_launch(started)
-            else:
-                times.append(1e3 * (time.perf_counter() - started) / chunk)
-        self.step.check()
+        try:
+            while len(meters) < self.steps and (not meters or time.perf_counter() < deadline):
+                started = time.perf_counter()
+                chunk = min(_CHUNK if meters else _WARM_UP, self.steps - len(meters))
+                for _ in range(chunk):
+                    x, labels = next(source)
+                    meters.append(Meter(x.device))
+                    self.step(x, labels, meters[-1])
+                self._wait()
+                if len(meters) == chunk:
+                    self._tell_launch(started)
+                else:
+                    times.append(1e3 * (time.perf_counter() - started) / chunk)
+            self.step.check()
+        except NonFiniteLossError as bad:
+            error = str(bad)
         seconds = time.perf_counter() - began
         self.row["step_ms"] = statistics.median(times) if times else None
         found = [meter.read() for meter in meters]
@@ -211,6 +225,7 @@ class Subject:
             "seconds": seconds,
             "losses": [average.loss for average in found],
             "accuracies": [average.accuracy for average in found],
+            "error": error,
         }
 
     def free(self) -> None:
