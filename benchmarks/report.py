@@ -194,12 +194,13 @@ def ten_thousand() -> str:
             for row in record["rows"]
         ]
         header = "layers, activations, kept MB, peak MB, ms, launch, first five steps s"
-        losses = training["losses"]
+        losses, error = training["losses"], training["error"] or ""
         parts.append(
             f"{record['data']}, {record['scheme']}, batch of {record['batch'][0]}, on "
             f"{hardware(record)}, by `{record['command']}`. In {len(losses)} "
-            f"steps ({training['seconds']:.0f} s) the deepest net's loss went from {losses[0]:.2f} to {statistics.mean(losses[-10:]):.2f} "
-            f"(mean of the last ten). {training['error'] or ''}\n\n{table(header, rows)}"
+            f"steps ({training['seconds']:.0f} s) the deepest net's loss went from {losses[0]:.2f} "
+            f"to {statistics.mean(losses[-10:]):.2f} (mean of the last ten)"
+            f"{error and '; then: ' + error}:\n\n{table(header, rows)}"
         )
     if parts:
         parts.append(picture("Loss over steps", "ten-thousand"))
