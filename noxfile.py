@@ -272,3 +272,9 @@ def benchmarks(session: nox.Session) -> None:
     small = ("--cpu", "--blocks", "4", "4", "4", "--channels", "4", "4", "8", "16")
     small += ("--batch-size", "16", "--image-size", "16", "--seconds", "60")
     session.run("python", "benchmarks/step.py", *(session.posargs or small))
+    if not session.posargs:
+        shallow = ("--layers", "20", "60", "--channels", "4", "4", "8", "8", "--steps", "25")
+        shallow += ("--cpu", "--data", "digits", "--batch-size", "50")
+        session.run("python", "benchmarks/ten_thousand.py", *shallow)
+        batches = ("--cpu", "--gigabytes", "--batches", "4", "8", *small[1:10])
+        session.run("python", "benchmarks/batch.py", *batches)

@@ -1,11 +1,12 @@
-"""Which batch fits into so many gigabytes, and how fast is it?
+"""How do memory and speed grow with the batch, and which batch fits into so many gigabytes?
 
     python benchmarks/batch.py --model revnet164 --gigabytes 8 24 --output FILE.json
 
-The allocator is capped, and the batch is doubled, then halved in, until the largest is found (to
-one part in sixteen) for which a training step fits, as it is launched from Python. Its throughput
-is that of the same step. Weights, gradients and momenta are in the memory, too; what the driver
-itself takes is not. Each way runs in a process of its own. Needs CUDA.
+For each way, in a process of its own, a training step as it is launched from Python. First with
+given batches: what the forward pass keeps and the peak of both passes, above weights, gradients and
+momenta, and the throughput. Then with a capped allocator: the largest batch (to one part in
+sixteen) for which a step fits, and its throughput. Weights, gradients and momenta are in that
+memory, too; what the driver itself takes is not. `--cpu` is for small sizes, and without caps.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from step import RECIPE, run
+from accelerate import Accelerator
+from step import RECIPE, memory, run
+from torch import Tensor
 from ways import WAYS
 
 from revtrain.files import write_json
@@ -32,88 +35,135 @@ from revtrain.provenance import provenance
 from revtrain.step import TrainStep
 
 _LIMIT = 1 << 20
+_TIMED = 6
+USUAL = (
+    "stored",
+    "revcore",
+    "revcore, recomputed",
+    "MemCNN",
+    "RevTorch",
+    "checkpoint in sqrt segments",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="revnet164")
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[8.0, 24.0])
+    parser.add_argument("--blocks", type=int, nargs="+", help="instead of the net's own")
+    parser.add_argument("--channels", type=int, nargs="+", help="instead of the net's own")
+    parser.add_argument("--batches", type=int, nargs="*", default=[100, 250, 500, 1000])
+    parser.add_argument("--gigabytes", type=float, nargs="*", default=[8.0, 24.0])
     parser.add_argument("--precision", default="bf16", choices=["no", "bf16"])
-    usual = [name for name, way in WAYS.items() if not way.compiled]
-    parser.add_argument("--ways", nargs="+", default=usual, choices=list(WAYS), metavar="WAY")
+    parser.add_argument("--ways", nargs="+", default=USUAL, choices=list(WAYS), metavar="WAY")
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("there is no CUDA device, whose memory could be capped")
+    if arguments.output and not arguments.output.parent.is_dir():
+        parser.error(f"--output (={arguments.output}) is in a folder that does not exist")
+    if arguments.gigabytes and (arguments.cpu or not torch.cuda.is_available()):
+        parser.error("a CPU's memory cannot be capped: give --gigabytes without numbers")
+    accelerator = make_accelerator(cpu=arguments.cpu, mixed_precision=arguments.precision)
     if arguments.one:
-        print(json.dumps(measure(arguments, arguments.ways[0], arguments.gigabytes[0])))
+        for row in measure(arguments, arguments.ways[0], accelerator):
+            print(json.dumps(row), flush=True)
         return
-    rows = []
-    for gigabytes in arguments.gigabytes:
-        for name in arguments.ways:
-            row = {"way": name, "gigabytes": gigabytes} | in_a_process(arguments, name, gigabytes)
-            rows.append(row)
-            print(row, flush=True)
+    rows: list[dict[str, Any]] = []
     record = {
         "question": "Which batch fits into so many gigabytes, and how fast is it?",
-        "model": NetSpec.of(arguments.model, 10, 3).to_json(),
+        "model": make_spec(arguments).to_json(),
         "precision": arguments.precision,
         "rows": rows,
     }
-    accelerator = make_accelerator(cpu=False, mixed_precision=arguments.precision)
-    if arguments.output:
-        write_json(arguments.output, record | provenance(accelerator))
+    for name in arguments.ways:
+        for row in in_a_process(name):
+            rows.append({"way": name, **row})
+            print(rows[-1], flush=True)
+        if arguments.output:  # after each way, for one that follows may outlast the time there is
+            write_json(arguments.output, record | provenance(accelerator))
 
 
-def in_a_process(arguments: argparse.Namespace, name: str, gigabytes: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", "--model", arguments.model, "--ways", name]
-    command += ["--gigabytes", str(gigabytes), "--precision", arguments.precision]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def in_a_process(name: str) -> list[dict[str, Any]]:
+    """Returns the rows of one way, and why there are no more, if so."""
+    words = [*sys.argv[1:], "--one", "--ways", name]
+    done = subprocess.run(
+        [sys.executable, __file__, *words], capture_output=True, text=True, check=False
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1] if done.stderr else "no output"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        found.append({"error": lines[-1]})
     return found
 
 
-def measure(arguments: argparse.Namespace, name: str, gigabytes: float) -> dict[str, Any]:
-    """Returns the largest batch and its images per second."""
+def make_spec(arguments: argparse.Namespace) -> NetSpec:
+    return NetSpec.of(
+        arguments.model,
+        10,
+        3,
+        tuple(arguments.blocks) if arguments.blocks else None,
+        tuple(arguments.channels) if arguments.channels else None,
+    )
+
+
+def measure(
+    arguments: argparse.Namespace, name: str, accelerator: Accelerator
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for each batch, and then the largest batch of each cap."""
     way = WAYS[name]
     if way.absent:
-        return {"error": way.absent}
-    accelerator = make_accelerator(cpu=False, mixed_precision=arguments.precision)
+        yield {"error": way.absent}
+        return
     device = accelerator.device
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
-    net = to_device(way.build(NetSpec.of(arguments.model, 10, 3)), device)
+    net = to_device(way.build(make_spec(arguments)), device)
     optimizer = make_optimizer(net, RECIPE)
     prepared = accelerator.prepare(net, optimizer, make_scheduler(optimizer, RECIPE, 1))
 
-    def steps(batch_size: int, count: int) -> list[float]:
+    def noise(batch_size: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(batch_size, 3, 32, 32, device=device)
-        x = x.to(memory_format=memory_format(device))
         labels = torch.randint(10, (batch_size,), device=device)
+        return x.to(memory_format=memory_format(device)), labels
+
+    def speed(batch_size: int, count: int = _TIMED) -> dict[str, Any]:
         step = TrainStep(*prepared, accelerator, label_smoothing=0.0, graph=False)
-        return run(step, x, labels, count)
+        milliseconds = statistics.median(run(step, *noise(batch_size), count))
+        throughput = 1e3 * batch_size / milliseconds
+        return {
+            "batch_size": batch_size,
+            "step_ms": milliseconds,
+            "images_per_second": throughput,
+        }
 
     def fits(batch_size: int) -> bool:
         try:
-            steps(batch_size, 2)
+            speed(batch_size, 2)
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
-            net.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+            clear()
         return True
 
-    batch_size = largest(fits)
-    milliseconds = statistics.median(steps(batch_size, 6))
-    return {
-        "batch_size": batch_size,
-        "step_ms": milliseconds,
-        "images_per_second": 1e3 * batch_size / milliseconds,
-    }
+    def clear() -> None:
+        net.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    bytes_per_image = 0.0
+    for batch_size in arguments.batches:
+        try:
+            kept, peak = memory(prepared[0], *noise(batch_size), way)
+            yield {**speed(batch_size), "kept_bytes": kept, "peak_bytes": peak}
+            bytes_per_image = (peak or 0) / batch_size
+        except torch.cuda.OutOfMemoryError:
+            yield {"batch_size": batch_size, "error": "out of memory"}
+        clear()
+    for gigabytes in arguments.gigabytes:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+        # Begun below what the batches promise, because an attempt takes as long as it is large.
+        start = int(0.75e9 * gigabytes / bytes_per_image) if bytes_per_image else 64
+        yield {"gigabytes": gigabytes, **speed(largest(fits, max(1, start)))}
+        clear()
 
 
 def largest(fits: Callable[[int], bool], start: int = 64) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,34 @@ def steps(key: str, scale: float, label: str) -> Callable[[Axes, list[str]], Non
     return draw_steps
 
 
+def learning(axes: Axes, colors: list[str]) -> None:
+    """Draws the loss of the deepest net over its steps, and the mean of the last ten."""
+    record = _read(max(RESULTS.glob(TEN_THOUSAND)).name)
+    losses = record["training"]["losses"]
+    means = [statistics.mean(losses[max(0, end - 10) : end]) for end in range(1, len(losses) + 1)]
+    steps_ = range(1, len(losses) + 1)
+    layers = record["rows"][-1]["convolutions"]
+    axes.plot(steps_, losses, c=colors[0], alpha=0.35, linewidth=1, label="each step")
+    axes.plot(steps_, means, c=colors[0], label="mean of ten")
+    axes.set(xlabel="step", ylabel=f"{record['data']}: loss of {layers:,} layers")
+    axes.legend()
+
+
+def batch_memory(axes: Axes, colors: list[str]) -> None:
+    """Draws the peak memory of a step over the batch, all ways."""
+    rows = [r for r in _read(max(RESULTS.glob(BATCHES)).name)["rows"] if r.get("peak_bytes")]
+    for number, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
+        points = [(r["batch_size"], r["peak_bytes"] / 1e9) for r in rows if r["way"] == way]
+        style = ("o-", "s--", "v:")[number // len(colors) % 3]
+        axes.plot(*zip(*points, strict=True), style, c=colors[number % len(colors)], label=way)
+    axes.set(xlabel="batch", ylabel="GB at the peak of a step")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+BATCHES = "batch-*.json"
+TEN_THOUSAND = "ten-thousand-*.json"
 STEPS = "step-revnet164-100-*.json"
 # What is drawn, from which records, and its size in inches.
 FIGURES: dict[str, tuple[Callable[[Axes, list[str]], None], str, tuple[float, float]]] = {
@@ -154,6 +183,8 @@ FIGURES: dict[str, tuple[Callable[[Axes, list[str]], None], str, tuple[float, fl
     "curves-cifar100": (curves("cifar100"), "cells/cifar100-*-seed0/metrics.jsonl", (6.4, 3.2)),
     "step-time": (steps("step_ms", 1, "ms a step"), STEPS, (6.4, 4.2)),
     "step-memory": (steps("kept_bytes", 1e-6, "MB kept for the backward pass"), STEPS, (6.4, 4.2)),
+    "batch-memory": (batch_memory, BATCHES, (7.6, 3.4)),
+    "ten-thousand": (learning, TEN_THOUSAND, (6.4, 3.2)),
 }
 
 

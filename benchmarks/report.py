@@ -81,6 +81,7 @@ def fill(text: str) -> str:
         "single": lambda: runs(link=False),
         "twins": twins,
         "steps": steps,
+        "ten_thousand": ten_thousand,
         "several": several_gpus,
     }
 
@@ -155,22 +156,54 @@ def steps() -> str:
 
 
 def batches() -> str:
-    """Returns the largest batches in capped memory."""
+    """Returns memory and speed over the batch, and the largest batches in capped memory."""
     parts = []
     for record in records("batch-*.json"):
         rows = [
-            [row["way"], f"{row['gigabytes']:g}", row["error"], ""]
-            if "error" in row
-            else [
-                *(row["way"], f"{row['gigabytes']:g}", f"{row['batch_size']:,}"),
-                f"{row['images_per_second']:,.0f}",
+            [
+                *(row["way"], f"{row['gigabytes']:g}" if "gigabytes" in row else ""),
+                row.get("error") or f"{row['batch_size']:,}",
+                *(megabytes(row.get("kept_bytes")), megabytes(row.get("peak_bytes"))),
+                f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "",
             ]
             for row in record["rows"]
         ]
+        precision = "float32" if record["precision"] == "no" else record["precision"]
         parts.append(
-            f"{title(record)} on {machine(record)}, by `{record['command']}`:\n\n"
-            + table("way, GB, largest batch, images per second", rows)
+            f"{title(record)}, {precision}, eager, on {machine(record)}, by "
+            f"`{record['command']}`; lines with *GB* have the largest batch in so much memory:\n\n"
+            + table("way, GB, batch, kept MB, peak MB, images per second", rows)
         )
+    if parts:
+        parts.append(picture("Memory over the batch", "batch-memory"))
+    return "\n\n".join(parts) or "No record yet."
+
+
+def ten_thousand() -> str:
+    """Returns what nets of up to ten thousand layers cost, and what the deepest learned."""
+    parts = []
+    for record in records("ten-thousand-*.json"):
+        training = record["training"]
+        rows = [
+            [
+                *(f"{row['convolutions']:,}", "reversed" if row["reversing"] else "stored"),
+                *(megabytes(row["kept_bytes"]), megabytes(row["peak_bytes"])),
+                *("" if row["step_ms"] is None else f"{row['step_ms']:,.1f}", row["launch"]),
+                f"{row['first_steps_seconds']:.1f}",
+            ]
+            for row in record["rows"]
+        ]
+        header = "layers, activations, kept MB, peak MB, ms, launch, first five steps s"
+        losses, error = training["losses"], training["error"] or ""
+        parts.append(
+            f"{record['data']}, {record['scheme']}, batch of {record['batch'][0]}, on "
+            f"{hardware(record)}, by `{record['command']}`. In {len(losses)} "
+            f"steps ({training['seconds']:.0f} s) the deepest net's loss went from {losses[0]:.2f} "
+            f"to {statistics.mean(losses[-10:]):.2f} (mean of the last ten)"
+            f"{error and '; then: ' + error}:\n\n{table(header, rows)}"
+        )
+    if parts:
+        parts.append(picture("Loss over steps", "ten-thousand"))
     return "\n\n".join(parts) or "No record yet."
 
 
@@ -568,6 +601,12 @@ def hardware(record: dict[str, Any]) -> str:
     precision = machine["mixed_precision"]
     suffix = "" if precision == "no" else f", {precision}"
     return f"{device}, torch {record['versions']['torch']}{suffix}"
+
+
+def picture(title: str, name: str) -> str:
+    return "\n".join(
+        f"![{title}](assets/figures/{name}-{theme}.svg#only-{theme})" for theme in figures.THEMES
+    )
 
 
 def table(header: str, rows: list[list[str]]) -> str:

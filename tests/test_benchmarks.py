@@ -134,3 +134,43 @@ def test_several_processes_share_a_network_in_all_ways(tmp_path):
     assert all(row["images_per_second"] > 0 for row in speed["rows"])
     for row in speed["readiness"]:  # so small a net fills one bucket, at the end of the pass
         assert 0.5 < row["ready_at"][-1] <= 1
+
+
+def test_a_deep_net_learns_in_the_memory_of_a_shallow_one(run_here, tmp_path):
+    output = tmp_path / "ten-thousand-cpu.json"
+    options = ("--cpu", "--data", "digits", "--layers", 20, 60, "--channels", 4, 4, 8, 8)
+    options += ("--batch-size", 50, "--steps", 25, "--output", output)
+    assert run_here("ten_thousand.py", *options)[0] == 0
+    record = json.loads(output.read_text())
+    stored, shallow, deep = record["rows"]
+    assert (shallow["convolutions"], deep["convolutions"]) == (21, 69)
+    assert deep["kept_bytes"] == shallow["kept_bytes"] < stored["kept_bytes"]
+    assert all(row["step_ms"] > 0 for row in record["rows"])
+    losses = record["training"]["losses"]
+    assert len(losses) == 25
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_memory_grows_with_the_batch(tmp_path):
+    output = tmp_path / "batch.json"
+    options = (*SMALL, "--gigabytes", "--batches", 4, 8, "--output", output)
+    options += ("--ways", "stored", "revcore, recomputed", "RevTorch")
+    done = run("batch.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(output.read_text())["rows"]
+    kept = {(row["way"], row.get("batch_size")): row.get("kept_bytes") for row in rows}
+    for way in ("stored", "revcore, recomputed"):
+        assert 1.9 < kept[way, 8] / kept[way, 4] < 2.1
+    assert kept["revcore, recomputed", 8] < kept["stored", 8] / 3
+    assert all(row["way"] != "RevTorch" or "error" in row or row["step_ms"] > 0 for row in rows)
+
+
+def test_the_largest_batch_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    largest = runpy.run_path(str(BENCHMARKS / "batch.py"))["largest"]
+    for limit in (1, 5, 64, 1000, 7777):
+        for start in (1, 64, 900, 20_000):
+            found = largest(lambda size, limit=limit: size <= limit, start)
+            assert found <= limit < found + max(2, found / 8)
+    with pytest.raises(MemoryError, match="not even a batch of 1 fits"):
+        largest(lambda _: False)

@@ -49,7 +49,28 @@ def test_a_dry_run_measures_the_memory_of_the_mode_and_the_batch():
         return plan.activation_bytes
 
     assert kept(stored=True) > 3 * kept()
+    assert kept(recompute=True) < kept() / 2
     assert kept(batch_size=100) == pytest.approx(kept() / 2, rel=0.1)
+
+
+def test_a_dry_run_says_what_is_kept(command):
+    for options, words in (
+        ({}, "reversed"),
+        ({"recompute": True}, "reversed, recomputed between the chains"),
+        ({"stored": True}, "stored"),
+        ({"model": "resnet32"}, "stored"),
+    ):
+        status, out, _ = command("train", *as_flags({**TINY, **options}), "--dry-run")
+        assert status == 0
+        (line,) = (line for line in out.splitlines() if "activations" in line)
+        assert line.split(maxsplit=1)[1].rstrip() == words
+
+
+def test_an_ordinary_network_has_nothing_to_recompute(command, tmp_path):
+    words = as_flags({**TINY, "model": "resnet32", "recompute": True})
+    status, _, err = command("train", *words, "--out", tmp_path / "run")
+    assert (status, "model (='resnet32') is none" in err) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(command, train, tmp_path):

@@ -1,5 +1,7 @@
 """The memory comparison finds what theory says: flat against growing."""
 
+import json
+
 import pytest
 import torch
 
@@ -29,6 +31,19 @@ def test_reconstructed_activations_are_flat_and_stored_ones_grow(batch, precisio
         assert cost.reversing.activation_bytes < cost.stored.activation_bytes
         assert 0 < cost.stored.step_seconds < 60
         assert 0 < cost.reversing.step_seconds < 60
+
+
+def test_a_run_that_recomputes_measures_that(train, monkeypatch):
+    monkeypatch.setattr("revtrain.finish.DEPTHS", (2,))
+    monkeypatch.setattr("revtrain.memory._SECONDS_PER_DEPTH", 0)
+    costs = {}
+    for again in (False, True):
+        run = train(out=str(again), recompute=again, memory=True, epochs=1)
+        (costs[again],) = run.memory
+        assert json.loads((run.run_folder / "memory.json").read_text())["recompute"] is again
+    bytes_ = {again: cost.reversing.activation_bytes for again, cost in costs.items()}
+    assert bytes_[True] < bytes_[False] / 2
+    assert costs[True].stored.activation_bytes == costs[False].stored.activation_bytes
 
 
 def test_ordinary_networks_are_refused(batch):

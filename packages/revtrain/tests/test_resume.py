@@ -119,6 +119,14 @@ def test_other_choices_resume_too(train, stop_at, whole, tmp_path, options):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_run_may_go_on_with_less_memory(train, stop_at, whole, tmp_path):
+    stop_at(4, signal.SIGTERM)
+    with pytest.raises(revtrain.Interrupted):
+        train()
+    train(recompute=True, resume=True)
+    assert_same_run(tmp_path / "run", whole())
+
+
 def test_a_signal_in_evaluation(train, whole, tmp_path, monkeypatch):
     evaluate = Trainer._evaluate
 

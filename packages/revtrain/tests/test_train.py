@@ -31,6 +31,16 @@ def test_reversing_and_stored_give_the_same_loss_curve(train):
     torch.testing.assert_close(curve(reversing), curve(stored), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}], ids=str)
+def test_recomputing_changes_no_bit(train, options):
+    kept, recomputed = train(out="kept", **options), train(out="new", recompute=True, **options)
+    assert curve(kept) == curve(recomputed)
+    weights = [(run.run_folder / "model.safetensors").read_bytes() for run in (kept, recomputed)]
+    assert weights[0] == weights[1]
+    config = json.loads((recomputed.run_folder / "config.json").read_text())
+    assert config["config"]["recompute"]
+
+
 def test_a_seed_gives_the_same_run_and_another_seed_another(train):
     first, second, other = train(out="a"), train(out="b"), train(out="c", seed=1)
     assert curve(first) == curve(second)

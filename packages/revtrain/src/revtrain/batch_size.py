@@ -51,7 +51,7 @@ def find_batch_size(config: TrainConfig, *, largest: int = 8192) -> int:
         )
     if accelerator.num_processes > 1:
         raise ValueError("the largest batch is found by one process: start one, on one GPU")
-    model = to_device(spec.build(reversing=not config.stored), device)
+    model = to_device(spec.build(reversing=not config.stored, recompute=config.recompute), device)
     recipe = config.resolved_recipe
     optimizer = make_optimizer(model, recipe)
     model, optimizer, scheduler = accelerator.prepare(

@@ -56,6 +56,9 @@ class TrainConfig:
     """Outputs of the network. Default: the classes of the data set."""
     stored: bool = False
     """Store activations as plain PyTorch does, instead of recomputing them. Same results."""
+    recompute: bool = False
+    """Keep less: run what cannot be reversed (stem, blocks at which the shape changes, head) again
+    in the backward pass. Same results. For the reversible networks."""
     val: bool = False
     """Hold the validation images out of training and report on them; the test images stay
     unseen. For choosing a recipe."""

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
+from revmodels import RevNet
 from revtrain.files import write_json
 from revtrain.memory import DEPTHS, DepthCost, compare_memory, memory_json
 from revtrain.net import NetSpec
@@ -44,19 +45,28 @@ def write_results(
     """
     folder.write_weights(model.state_dict(), spec)
     plot_curve(records, split, folder.plots("curve"))
-    costs = [] if batch is None else _compare_memory(folder, spec, accelerator, *batch)
+    costs: list[DepthCost] = []
+    if batch is not None:
+        recompute = isinstance(model, RevNet) and model.recompute
+        costs = _compare_memory(folder, spec, accelerator, *batch, recompute=recompute)
     folder.write_summary(summary)  # the last: it says that the run is complete
     return costs
 
 
 def _compare_memory(
-    folder: RunFolder, spec: NetSpec, accelerator: Accelerator, x: Tensor, labels: Tensor
+    folder: RunFolder,
+    spec: NetSpec,
+    accelerator: Accelerator,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    recompute: bool,
 ) -> list[DepthCost]:
     depths: tuple[int, ...] = DEPTHS
     if len(set(spec.blocks)) == 1:
         depths = tuple(sorted({*DEPTHS, spec.blocks[0]}))
     with Console(stderr=True).status("measuring activation memory over depth"):
-        costs = compare_memory(spec, x, labels, accelerator, depths)
-    write_json(folder.memory, memory_json(spec, x, costs))
+        costs = compare_memory(spec, x, labels, accelerator, depths, recompute=recompute)
+    write_json(folder.memory, memory_json(spec, x, costs, recompute=recompute))
     plot_memory(costs, spec.model, folder.plots("memory"))
     return costs

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import revcore
+from revmodels import RevNet
 from revtrain.files import read_json
 from revtrain.net import NetSpec, to_device
 
@@ -65,6 +66,8 @@ def compare_memory(
     labels: Tensor,
     accelerator: Accelerator,
     depths: Sequence[int] = DEPTHS,
+    *,
+    recompute: bool = False,
 ) -> list[DepthCost]:
     """Measures a reversible network at several depths.
 
@@ -77,6 +80,7 @@ def compare_memory(
         labels: Its labels, int64 (N,).
         accelerator: Gives device and precision.
         depths: Numbers of blocks in each stage.
+        recompute: Whether the reversing network recomputes what it cannot reverse.
 
     Returns:
         One entry for each depth.
@@ -96,22 +100,30 @@ def compare_memory(
     if not spec.architecture.reversible:
         raise ValueError(f"model (={spec.model!r}) is not reversible: there is nothing to compare")
     return [
-        _cost(replace(spec, blocks=(depth,) * len(spec.blocks)), x, labels, accelerator)
+        _cost(replace(spec, blocks=(depth,) * len(spec.blocks)), x, labels, accelerator, recompute)
         for depth in depths
     ]
 
 
-def _cost(spec: NetSpec, x: Tensor, labels: Tensor, accelerator: Accelerator) -> DepthCost:
+def _cost(
+    spec: NetSpec, x: Tensor, labels: Tensor, accelerator: Accelerator, recompute: bool
+) -> DepthCost:
     net = to_device(spec.build(), x.device)
+    assert isinstance(net, RevNet)
+
+    def switch(reversing: bool) -> None:
+        revcore.set_reversing(net, reversing)
+        net.recompute = recompute and reversing
+
     bytes_: dict[bool, tuple[int, int]] = {}
     times: dict[bool, list[float]] = {True: [], False: []}
     for reversing in times:
-        revcore.set_reversing(net, reversing)
+        switch(reversing)
         bytes_[reversing] = activation_bytes(net, x, labels, accelerator)
     deadline = time.perf_counter() + _SECONDS_PER_DEPTH
     for _ in range(_ROUNDS):
         for reversing, seconds in times.items():
-            revcore.set_reversing(net, reversing)
+            switch(reversing)
             _wait_for(x.device)
             started = time.perf_counter()
             _step(net, x, labels, accelerator)
@@ -159,11 +171,14 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def memory_json(spec: NetSpec, x: Tensor, costs: Sequence[DepthCost]) -> dict[str, Any]:
+def memory_json(
+    spec: NetSpec, x: Tensor, costs: Sequence[DepthCost], *, recompute: bool = False
+) -> dict[str, Any]:
     """Returns what `memory.json` holds."""
     return {
         "model": spec.model,
         "channels": spec.channels,
+        "recompute": recompute,
         "batch": list(x.shape),
         "depths": [asdict(cost) for cost in costs],
     }

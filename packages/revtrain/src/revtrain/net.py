@@ -79,13 +79,25 @@ class NetSpec:
         own = get_architecture(self.model)
         return replace(own, blocks=self.blocks, channels=self.channels)
 
-    def build(self, *, reversing: bool = True) -> nn.Module:
+    def build(self, *, reversing: bool = True, recompute: bool = False) -> nn.Module:
         """Makes the network with fresh weights.
 
+        Args:
+            reversing: Whether chains reconstruct their activations.
+            recompute: Whether what lies between the chains runs again in the backward pass.
+
         Raises:
-            ValueError: A size is out of range, or a number of channels cannot be split in two.
+            ValueError: A size is out of range, a number of channels cannot be split in two, or an
+                ordinary network is to be recomputed.
         """
-        return self.architecture.build(self.num_classes, self.in_channels, reversing=reversing)
+        if recompute and not self.architecture.reversible:
+            raise ValueError(
+                f"recompute is for reversible networks, and model (={self.model!r}) is none: leave "
+                "it out"
+            )
+        return self.architecture.build(
+            self.num_classes, self.in_channels, reversing=reversing, recompute=recompute
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON values."""

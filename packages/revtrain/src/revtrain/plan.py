@@ -30,6 +30,7 @@ class Plan:
         steps: Optimizer steps.
         device: Where it would run, with the number of processes.
         precision: Precision inside of the network.
+        activations: What becomes of them: reversed, stored, and what is recomputed.
         activation_bytes: Bytes that the forward pass of a step leaves behind for the backward
             pass, on one process; measured by one.
         peak_activation_bytes: The most bytes alive at once in both, without weights, gradients
@@ -48,6 +49,7 @@ class Plan:
     steps: int
     device: str
     precision: str
+    activations: str
     activation_bytes: int
     peak_activation_bytes: int
     peak_memory_bytes: int | None
@@ -92,11 +94,18 @@ def dry_run(config: TrainConfig) -> Plan:
         device=f"{accelerator.device.type}, {accelerator.num_processes} process"
         + ("es" if accelerator.num_processes > 1 else ""),
         precision=accelerator.mixed_precision,
+        activations=_describe(trainer),
         activation_bytes=kept,
         peak_activation_bytes=peak,
         peak_memory_bytes=peak_memory(accelerator.device),
         run_folder=trainer.folder.path,
     )
+
+
+def _describe(trainer: Trainer) -> str:
+    reverses = trainer.spec.architecture.reversible and not trainer.config.stored
+    between = ", recomputed between the chains" if trainer.config.recompute else ""
+    return ("reversed" if reverses else "stored") + between
 
 
 def print_plan(plan: Plan) -> None:
@@ -110,7 +119,8 @@ def print_plan(plan: Plan) -> None:
         ("length", f"{plan.steps:,} steps in {plan.epochs} epochs of {plan.images:,} images"),
         ("batch", f"{plan.batch_size} images over all processes"),
         ("device", f"{plan.device}, mixed precision {plan.precision}"),
-        ("activations", f"{plan.activation_bytes / 1e6:,.1f} MB kept for the backward pass"),
+        ("activations", plan.activations),
+        ("", f"{plan.activation_bytes / 1e6:,.1f} MB kept for the backward pass"),
         ("", f"{plan.peak_activation_bytes / 1e6:,.1f} MB at the peak of a step"),
         ("peak memory", memory),
         ("run folder", f"{plan.run_folder} (nothing was written)"),

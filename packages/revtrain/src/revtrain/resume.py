@@ -11,7 +11,7 @@ from typing import Any
 # are taken to change it.
 _IMMATERIAL = {
     *("data_dir", "download", "mirror", "verify"),
-    *("out", "fresh", "resume", "save_every", "memory", "log_with"),
+    *("out", "fresh", "resume", "save_every", "memory", "log_with", "recompute"),
     *("drift_every", "drift_bound"),
 }
 # Fields that are compared as what becomes of them: the recipe's values, the network's sizes, the

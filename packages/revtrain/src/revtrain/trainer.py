@@ -111,7 +111,7 @@ class Trainer:
         self.spec = NetSpec.of(
             config.model, data.num_classes, data.channels, config.blocks, config.channels
         )
-        model = self.spec.build(reversing=not config.stored)
+        model = self.spec.build(reversing=not config.stored, recompute=config.recompute)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         if accelerator.num_processes > 1:
             model = synchronize_batchnorm(model, device)
