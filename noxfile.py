@@ -125,7 +125,7 @@ def tests_revtrain(session: nox.Session) -> None:
     """Test the wheel of revtrain, the Python blocks of every document, and the benchmarks."""
     install(session, "revtrain", *TEST_TOOLS, "tensorboard")  # one tracker, to test --log-with
     run_tests(session, "revtrain")
-    files = ("documents", "pages", "benchmarks")
+    files = ("documents", "pages", "benchmarks", "lines_of_code")
     session.run("python", "-m", "pytest", *(f"tests/test_{file}.py" for file in files))
 
 

@@ -1,0 +1,1 @@
+"""The tables of the documents, each made from records in benchmarks/results."""

@@ -1,0 +1,130 @@
+"""Tables of training runs: accuracies, curves, twins."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import figures
+
+from tables.records import RESULTS, ROOT, hardware, machine, read, table, title
+
+# The better of two, in %: Gomez et al. (2017) and MemCNN (van de Leemput et al., 2019).
+PUBLISHED = {
+    ("cifar10", "resnet32"): (92.74, 92.86),
+    ("cifar10", "resnet110"): (93.99, 93.55),
+    ("cifar10", "resnet164"): (94.57, 94.80),
+    ("cifar10", "revnet38"): (93.14, 92.80),
+    ("cifar10", "revnet110"): (94.02, 94.10),
+    ("cifar10", "revnet164"): (94.56, 94.90),
+    ("cifar100", "resnet32"): (69.10, 69.81),
+    ("cifar100", "resnet110"): (73.30, 72.40),
+    ("cifar100", "resnet164"): (76.79, 76.47),
+    ("cifar100", "revnet38"): (71.17, 69.90),
+    ("cifar100", "revnet110"): (74.00, 73.30),
+    ("cifar100", "revnet164"): (76.39, 76.90),
+}
+
+
+def runs(*, link: bool = True) -> str:
+    """Returns all runs: what was trained on what, and what came of it."""
+    rows = []
+    for file in sorted(RESULTS.glob("*/summary.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
+        folder = file.parent.relative_to(ROOT).as_posix()
+        changed = "".join(
+            f", {name} {' '.join(map(str, config['config'][name]))}"
+            for name in ("blocks", "channels")
+            if config["config"][name]
+        )
+        rows.append(
+            [
+                (f"[{summary['model']}]({folder})" if link else summary["model"]) + changed,
+                f"{summary['parameters']:,}",
+                summary["data"],
+                f"{summary['test_accuracy'] * 100:.2f} %",
+                f"{summary['epochs']}",
+                f"{summary['train_seconds']:,.0f} s",
+                f"{summary['step_seconds'] * 1e3:.1f} ms",
+                f"{summary['peak_memory_bytes'] / 1e6:,.0f} MB",
+                hardware(config),
+            ]
+        )
+    return table(
+        "network, parameters, data, test accuracy, epochs, training time, step,"
+        " peak memory, hardware",
+        rows,
+    )
+
+
+def cells() -> str:
+    """Returns the cells of the results table: the mean over all seeds of a recipe."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    failures = len(list(RESULTS.glob("cells/*/failure-*.json")))
+    for file in sorted(RESULTS.glob("cells/*/summary.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        if "test_accuracy" not in summary:
+            continue  # of the search for a recipe, on the validation images
+        # What is trained in another way has a word of its own at the end of its name.
+        label = file.parent.name.partition(f"seed{summary['seed']}")[2].lstrip("-")
+        recipe = Path(summary["recipe"]).stem + (f" ({label})" if label else "")
+        groups.setdefault((summary["data"], summary["model"], recipe), []).append(summary)
+    rows = []
+    for (data, model, recipe), runs in groups.items():
+        accuracies = [100 * run["test_accuracy"] for run in runs]
+        timed = [run["wall_seconds"] for run in runs if run["wall_seconds"] is not None]
+        best = max(PUBLISHED.get((data, model), (0.0,)))
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        rows.append(
+            [
+                *(f"{data} {model}", recipe, f"{statistics.mean(accuracies):.2f}{spread}"),
+                *(f"{len(runs)}", f"{best:.2f}" if best else ""),
+                # Unknown of a run that was stopped and went on.
+                f"{statistics.mean(timed):,.0f}" if timed else "",
+                f"{max(run['peak_memory_bytes'] for run in runs) / 1e6:,.0f}",
+            ]
+        )
+    if not rows:
+        return "No record yet."
+    header = "network, recipe, test accuracy %, runs, published %, seconds, peak MB"
+    failed = f"\n\nRuns that failed: {failures}, their records are beside these."
+    return table(header, rows) + (failed if failures else "")
+
+
+def published() -> str:
+    """Returns the accuracies of the papers."""
+    models = [model for data, model in PUBLISHED if data == "cifar10"]
+    rows = [
+        [model]
+        + [f"{value:.2f}" for data in ("cifar10", "cifar100") for value in PUBLISHED[data, model]]
+        for model in models
+    ]
+    header = "network, CIFAR-10: Gomez et al., MemCNN, CIFAR-100: Gomez et al., MemCNN"
+    return table(header, rows)
+
+
+def curves() -> str:
+    """Returns the learning curves of the data sets that there are runs of."""
+    return "\n\n".join(
+        f"![Test accuracy over the epochs, {data}](assets/figures/curves-{data}-{theme}.svg"
+        f"#only-{theme})"
+        for data in ("cifar10", "cifar100")
+        if figures.source(f"curves-{data}")
+        for theme in figures.THEMES
+    )
+
+
+def twins() -> str:
+    """Returns whether reversed and stored training end with the same bits."""
+    record = read("twins-fixed-point-h100.json")
+    steps = len(record["losses_reversed"])
+    if record["first_difference"] is not None or record["largest_weight_difference"] != 0:
+        raise ValueError("the twins differ")
+    return (
+        f"{title(record)} with the fixed-point scheme was trained twice for {steps:,} steps on "
+        f"{record['data']}, once reversed and once stored. The losses of all steps are the same "
+        f"bits, and so are all weights at the end ({machine(record)}, by `{record['command']}`)."
+    )
