@@ -46,12 +46,29 @@ def mixed(coupling: str, count: int) -> list[nn.Module]:
     return [part for block in blocks(coupling, count) for part in (block, Swap())]
 
 
+class Widened(nn.Module):
+    """A branch with a chain inside, whose backward pass runs on either of the two streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = revcore.ReversibleSequential(*blocks("additive", 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.chain(torch.cat((x, x), 1)).chunk(2, 1)
+        return (first + second) / 2
+
+
+def nested(coupling: str, count: int) -> list[nn.Module]:
+    return [revcore.ReversibleBlock(Widened(), conv(), coupling) for _ in range(count)]
+
+
 CHAINS: list[tuple[Callable[[str, int], list[nn.Module]], str]] = [
     (blocks, "additive"),
     (blocks, "affine"),
     (blocks, "fixed_point"),
     (anchored, "additive"),
     (mixed, "additive"),
+    (nested, "additive"),
 ]
 
 
