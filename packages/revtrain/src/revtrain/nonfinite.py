@@ -48,10 +48,12 @@ def find_origin(
     names = {module: name for name, module in model.named_modules()}
     # What was found first in each part of the step.
     found: list[tuple[int, str]] = [] if _finite(x) else [(0, "the images")]
-    seen = 0
+    seen, forward = 0, True
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
         nonlocal seen
+        if not forward:
+            return
         seen += 1
         outputs = output if isinstance(output, tuple) else (output,)
         if not all(_finite(y) for y in outputs if isinstance(y, Tensor)):
@@ -62,14 +64,16 @@ def find_origin(
         handles = [module.register_forward_hook(look) for module in names]
         try:
             loss = loss_of(model, x, *more)
+            forward = False
+            if not _finite(loss):
+                found.append((seen + 1, "the loss"))
+            # Whatever was found: other processes may have found nothing, and layers that work
+            # together, such as SyncBatchNorm, need all of them. The hooks stay on, for a module
+            # with hooks may compute in another way, and reversible blocks run theirs once more.
+            loss.backward()
         finally:
             for handle in handles:
                 handle.remove()
-        if not _finite(loss):
-            found.append((seen + 1, "the loss"))
-        # Whatever was found: other processes may have found nothing, and layers that work
-        # together, such as SyncBatchNorm, need all of them.
-        loss.backward()
         # The backward pass begins at the last parameter.
         parameters = list(model.named_parameters())[::-1]
         for position, (name, parameter) in enumerate(parameters, start=seen + 2):
