@@ -159,7 +159,7 @@ def measure(
         clear()
     for gigabytes in arguments.gigabytes:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
         # Begun below what the batches promise, because an attempt takes as long as it is large.
         start = int(0.75e9 * gigabytes / bytes_per_image) if bytes_per_image else 64
         yield {"gigabytes": gigabytes, **speed(largest(fits, max(1, start)))}

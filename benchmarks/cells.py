@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parse()
     started = time.perf_counter()
     cells = [
-        Cell(net, data, arguments.recipe, seed, arguments.label)
+        Cell(net, data, arguments.recipe or data, seed, arguments.label)
         for seed, data, net in itertools.product(arguments.seeds, arguments.data, arguments.nets)
     ]
     left = [cell for cell in cells if not (arguments.results / cell.name / _KEPT[-1]).exists()]
@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS, metavar="NET")
     parser.add_argument("--data", nargs="+", default=["cifar10", "cifar100"])
-    parser.add_argument("--recipe", default="fast", help="a name, or a TOML file")
+    parser.add_argument("--recipe", help="a name, or a TOML file; without it each data set's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"])
     parser.add_argument(

@@ -15,6 +15,7 @@ from tables import depth, runs, speed, trust
 from tables.records import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS += [ROOT / "benchmarks" / "RECIPES.md"]
 
 
 def main() -> None:
@@ -58,6 +59,7 @@ def fill(text: str) -> str:
         "published": runs.published,
         "runs": runs.runs,
         "single": lambda: runs.runs(link=False),
+        "study": runs.study,
         "twins": runs.twins,
         "steps": speed.steps,
         "ten_thousand": speed.ten_thousand,

@@ -94,6 +94,23 @@ def cells() -> str:
     return table(header, rows) + (failed if failures else "")
 
 
+def study() -> str:
+    """Returns the runs by which the recipes were chosen, on held-out training images."""
+    rows = []
+    for file in sorted(RESULTS.glob("cells/*-val/summary.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        last = file.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        rows.append(
+            [
+                *(f"{summary['data']} {summary['model']}", Path(summary["recipe"]).stem),
+                *(f"{summary['epochs']}", f"{summary['val_accuracy'] * 100:.2f}"),
+                f"{json.loads(last)['train_accuracy'] * 100:.1f}",
+                f"{summary['wall_seconds']:,.0f}",
+            ]
+        )
+    return table("network, recipe, epochs, val accuracy %, training accuracy %, seconds", rows)
+
+
 def published() -> str:
     """Returns the accuracies of the papers."""
     models = [model for data, model in PUBLISHED if data == "cifar10"]

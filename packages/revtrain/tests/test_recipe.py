@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from revdata import list_datasets
 from revtrain import Recipe, TrainConfig, list_recipes, load_recipe
 from revtrain.optim import make_optimizer, make_scheduler
 
@@ -117,6 +118,7 @@ def test_flags_override_the_recipe():
     assert recipe.momentum == load_recipe("paper").momentum
 
 
-@pytest.mark.parametrize(("data", "recipe"), [("digits", "digits"), ("cifar100", "fast")])
-def test_the_default_recipe_follows_the_data(data, recipe):
-    assert TrainConfig(data=data).recipe == recipe
+@pytest.mark.parametrize("data", list_datasets())
+def test_each_data_set_has_a_recipe_of_its_own_by_default(data):
+    assert TrainConfig(data=data).recipe == data
+    assert load_recipe(data).augment == (data != "digits")

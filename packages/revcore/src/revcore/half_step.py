@@ -11,7 +11,6 @@ two small functions, `combine` and `uncombine`; inversion, gradients and memory 
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -145,8 +144,8 @@ class HalfStep(Step):
         log_det: Any = self.scheme.log_det
         if log_det is None:
             return self
-        step = copy.copy(self)
-        step.measures = True
+        step = HalfStep(self.scheme, self.branch, self.target, self.source, inverted=self.inverted)
+        step.call, step.measures = self.call, True
         return step
 
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,7 +50,7 @@ class InvertibleStep(Step):
                 f"{type(self.branch).__name__} has no log-determinant; give it a method "
                 "log_det(x), which returns that of forward at x, or give the chain log_det=False"
             )
-        step = copy.copy(self)
+        step = InvertibleStep(self.branch, len(self.inputs), self.split_dim, inverted=self.inverted)
         step.measures, step.call = True, step._measure
         return step
 

@@ -137,7 +137,7 @@ def list_recipes() -> list[str]:
 
     Example:
         >>> list_recipes()
-        ['digits', 'fast', 'paper']
+        ['cifar10', 'cifar100', 'digits', 'fast', 'paper']
     """
     folder = resources.files("revtrain") / "recipes"
     return sorted(file.name[: -len(".toml")] for file in folder.iterdir() if _is_toml(file.name))
