@@ -27,19 +27,6 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 
 
 @no_randomness
-class NormReLU(nn.Module):
-    """Creates a ReLU behind a BatchNorm that is there already, both in full precision."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `(N, C, H, W)` to the same shape."""
-        return batch_norm_relu(self.norm, x, cast=False)
-
-
-@no_randomness
 class ConvNorm(nn.Sequential):
     """Creates a convolution and a BatchNorm, and with `activate` a ReLU."""
 

@@ -114,11 +114,26 @@ class Network(nn.Module, ABC):
         Returns:
             Logits, shape `(N, num_classes)`.
         """
-        x = self.stages(self.stem(x))
-        return self.classify(batch_norm_relu(self.norm, x, cast=False))
+        logits: Tensor = self.head()(self.stages(self.stem(x)))
+        return logits
 
-    def classify(self, x: Tensor) -> Tensor:
-        """Maps the last activations `(N, C, H, W)` to logits."""
+    def head(self) -> nn.Module:
+        """Creates what comes after the stages, of modules that are there already."""
+        return _Head(self.norm, self.classifier)
+
+
+@no_randomness
+class _Head(nn.Module):
+    """Creates the way from the last activations `(N, C, H, W)` to logits."""
+
+    def __init__(self, norm: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In full precision, because a mean over the image comes next.
+        x = batch_norm_relu(self.norm, x, cast=False)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
 

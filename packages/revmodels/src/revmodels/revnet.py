@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore import AdditiveCoupling, ReversibleSequential, recompute, set_reversing
-from revmodels.branches import BlockKind, NormReLU, expansion, make_branch
+from revmodels.branches import BlockKind, expansion, make_branch
 from revmodels.network import Network, ResidualBlock, changes_shape
 
 
@@ -88,8 +88,8 @@ class RevNet(Network):
         reversing: Whether to reverse, or to store activations as plain autograd does; the same as
             `revcore.set_reversing(net, reversing)`.
         recompute: Whether to run what cannot be reversed (the stem, the blocks at which the shape
-            changes, the last BatchNorm and ReLU) again in the backward pass, and keep only what
-            goes into it. An attribute of this name can be changed later.
+            changes, the head) again in the backward pass, and keep only what goes into it. An
+            attribute of this name can be changed later.
 
     Raises:
         ValueError: If an argument is out of its range, or a number of channels cannot be split.
@@ -122,7 +122,7 @@ class RevNet(Network):
         before = [self.stem]
         for stage in self.stages:
             x, before = stage(x, before), []
-        return self.classify(recompute(NormReLU(self.norm), x))
+        return recompute(self.head(), x)
 
     def make_stage(
         self,
