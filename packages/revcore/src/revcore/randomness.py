@@ -39,8 +39,8 @@ def no_randomness(module: M) -> M:
     """Declares that a class of modules draws no random numbers in its `forward`.
 
     The generators are then not read and set around each run of a branch that is made of such
-    modules. It says nothing of the modules inside, which are
-    looked at themselves, nor of subclasses. A class that draws all the same gets wrong gradients.
+    modules. It says nothing of the modules inside, which are looked at themselves, nor of
+    subclasses. A class that draws all the same gets wrong gradients.
 
     Args:
         module: The class.

@@ -114,17 +114,20 @@ class Network(nn.Module, ABC):
         Returns:
             Logits, shape `(N, num_classes)`.
         """
-        logits: Tensor = self.head()(self.stages(self.stem(x)))
-        return logits
+        return classify(self.norm, self.classifier, self.stages(self.stem(x)))
 
-    def head(self) -> nn.Module:
-        """Creates what comes after the stages, of modules that are there already."""
-        return _Head(self.norm, self.classifier)
+
+def classify(norm: nn.Module, classifier: nn.Module, x: Tensor) -> Tensor:
+    """Maps the last activations `(N, C, H, W)` to logits."""
+    # In full precision, because a mean over the image comes next.
+    x = batch_norm_relu(norm, x, cast=False)
+    logits: Tensor = classifier(x.mean((2, 3)))
+    return logits
 
 
 @no_randomness
-class _Head(nn.Module):
-    """Creates the way from the last activations `(N, C, H, W)` to logits."""
+class Head(nn.Module):
+    """Creates `classify` as a module, of modules that are there already."""
 
     def __init__(self, norm: nn.Module, classifier: nn.Module) -> None:
         super().__init__()
@@ -132,10 +135,8 @@ class _Head(nn.Module):
         self.classifier = classifier
 
     def forward(self, x: Tensor) -> Tensor:
-        # In full precision, because a mean over the image comes next.
-        x = batch_norm_relu(self.norm, x, cast=False)
-        logits: Tensor = self.classifier(x.mean((2, 3)))
-        return logits
+        """Maps `(N, C, H, W)` to logits."""
+        return classify(self.norm, self.classifier, x)
 
 
 def _check(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revcore import AdditiveCoupling, ReversibleSequential, recompute, set_reversing
 from revmodels.branches import BlockKind, expansion, make_branch
-from revmodels.network import Network, ResidualBlock, changes_shape
+from revmodels.network import Head, Network, ResidualBlock, changes_shape
 
 
 class ReversibleStage(nn.Module):
@@ -122,7 +122,7 @@ class RevNet(Network):
         before = [self.stem]
         for stage in self.stages:
             x, before = stage(x, before), []
-        return recompute(self.head(), x)
+        return recompute(Head(self.norm, self.classifier), x)
 
     def make_stage(
         self,
