@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import revcore
 import revmodels
 import revtrain
 from revtrain.capture import why_not_capture
@@ -142,6 +143,30 @@ def explode(net):
 
 def bad_gradient(net):
     net.norm = nn.Sequential(net.norm, GoodForward())
+
+
+class WithoutHooks(nn.Module):
+    """A branch that computes in another way while it has hooks, as the kernels of revmodels do."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(bool(self._forward_hooks))
+        if not self._forward_hooks:
+            (x,) = revcore.remember(lambda: (x.clone(),))
+        return x * 1e38 * 1e38
+
+
+def test_a_module_that_dislikes_hooks_has_them_in_both_passes():
+    branch = WithoutHooks()
+    run = Run("cpu", change=lambda net: setattr(net.stages[1].chain[0], "g", branch))
+    run.take(*run.batch())
+    branch.seen.clear()
+    with pytest.raises(revtrain.NonFiniteLossError, match="WithoutHooks"):
+        run.step.check()
+    assert branch.seen == [True, True]
 
 
 @pytest.mark.parametrize("reversing", [True, False], ids=["reversing", "stored"])

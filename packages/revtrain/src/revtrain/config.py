@@ -35,8 +35,8 @@ class TrainConfig:
     model: str = "revnet38"
     """Network: revnet38, revnet110, revnet164 (reversible), resnet32, resnet110 or resnet164."""
     recipe: str | None = None
-    """Hyperparameters: digits, cifar10, cifar100 (those of the results table), fast (60 epochs),
-    paper (80,000 steps, as published), or the path of a TOML file. Default: the data set's own."""
+    """Hyperparameters: digits, cifar10, cifar100, fast (60 epochs), paper (80,000 steps, as
+    published), or the path of a TOML file. Default: the data set's own."""
     epochs: int | None = None
     """Passes over the training images, instead of the recipe's."""
     batch_size: int | None = None
