@@ -205,6 +205,25 @@ def test_whatever_the_kernels_cannot_do_runs_as_it_is(device, change):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("relu", [True, False])
+def test_evaluation_without_gradients(device, relu, monkeypatch):
+    norm, x = make_norm(16, device), batch(4, 16, 6, 6, device=device)
+    batch_norm_relu(norm, x)  # gives it statistics
+    norm.eval()
+    normalized, before = [], [value.clone() for value in norm.buffers()]
+    original = passes.normalize
+    monkeypatch.setattr(
+        passes, "normalize", lambda *args, **kw: normalized.append(1) or original(*args, **kw)
+    )
+    with torch.no_grad():
+        y = batch_norm_relu(norm, x, relu=relu)
+        assert relative_error(y, plain(norm, x, relu=relu)) < 1e-6
+    assert normalized == [1]
+    assert all(map(torch.equal, norm.buffers(), before))
+    with torch.inference_mode():
+        assert torch.equal(batch_norm_relu(norm, x, relu=relu), y)
+
+
 def test_untracked_statistics(device):
     norm = nn.BatchNorm2d(16, track_running_stats=False).to(device)
     revmodels.set_fused(norm, True)

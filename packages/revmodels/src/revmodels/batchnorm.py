@@ -1,10 +1,10 @@
 """Batch normalization and ReLU as one operation, where there are kernels for it.
 
 `nn.BatchNorm2d` and a ReLU read and write a batch four times in the forward pass and six times in
-the backward pass; a step of a RevNet spends a third of its time there. On a GPU, in training and in
-`channels_last`, the kernels of `revmodels.passes` need three and five passes, give the convolution
-that follows its input in the precision that autocast wants, and do not compute the statistics again
-when a reversible chain repeats a branch. Launched from Python they take longer than torch's own,
+the backward pass; a step of a RevNet spends a third of its time there. On a GPU and in `channels_last`, the kernels of
+`revmodels.passes` need three and five passes (one in evaluation), give the convolution that follows
+its input in the precision that autocast wants, and do not compute the statistics again when a
+reversible chain repeats a branch. Launched from Python they take longer than torch's own,
 though, so they are for steps that are captured in a CUDA graph, and `set_fused` asks for them.
 Everywhere else the two operations run as they are. The module stays an `nn.BatchNorm2d`.
 """
@@ -51,7 +51,10 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, *, relu: bool = True, cast: bool
         plain: Tensor = norm(x)
         # BatchNorm does not keep its output, so ReLU may overwrite it.
         return F.relu(plain, inplace=True) if relu else plain
-    mean, inverse = remember(lambda: _statistics(passes, norm, x))
+    if norm.training:
+        mean, inverse = remember(lambda: _statistics(passes, norm, x))
+    else:
+        mean, inverse = norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
     kind, dtype = x.device.type, x.dtype
     if cast and dtype == torch.float32 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -65,7 +68,8 @@ def set_fused(module: nn.Module, fused: bool) -> nn.Module:
 
     One operation needs less time on a GPU, but six launches from Python where two need five
     cheaper ones: it pays where the step is captured in a CUDA graph. It applies to nets on a CUDA
-    device, in training and in `channels_last`, if Triton is there; elsewhere this changes nothing.
+    device, in `channels_last`, in training and in evaluation without gradients, if Triton is there;
+    elsewhere this changes nothing.
     The results are the same up to rounding. A new net has them as two operations. Set this before a
     forward pass, not between it and its backward pass; it is no part of the state dict.
 
@@ -142,7 +146,8 @@ def _passes_for(norm: nn.Module, x: Tensor) -> ModuleType | None:
         return None
     if (
         type(norm) is not nn.BatchNorm2d  # SyncBatchNorm computes something else
-        or not norm.training
+        # In evaluation the statistics are constants, which is another gradient.
+        or (not norm.training and (torch.is_grad_enabled() or norm.running_mean is None))
         or norm.momentum is None
         or not norm.affine
         or (norm.track_running_stats and norm.running_mean is None)

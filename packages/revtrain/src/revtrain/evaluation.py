@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import revdata
+from revmodels import set_fused
 from revtrain.capture import CapturedCall, why_not_capture
 from revtrain.data import EVALUATION_BATCH, load_images, make_loader, refuse_more_classes
 from revtrain.launch import make_accelerator
@@ -133,6 +134,9 @@ def evaluate(
     model.load_state_dict(state)
     # In the layout of training: another one has other kernels, which round in other ways.
     model = accelerator.prepare_model(to_device(model, accelerator.device), evaluation_mode=True)
+    # And by the same kernels; see TrainStep.
+    captured = chosen["graph"] and config["hardware"]["processes"] == 1
+    set_fused(model, captured and why_not_capture(model) is None)
     loader = make_loader(images, EVALUATION_BATCH, accelerator, kind=chosen["loader"])
     averages = Evaluator(model, accelerator)(loader)
     return Evaluation(data, split, averages.accuracy, averages.loss, averages.images)
