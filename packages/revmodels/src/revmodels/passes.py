@@ -6,10 +6,12 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from revmodels import kernels
+from revmodels.agreement import agree, example
 
 # A tile of the passes over the batch, rows by columns, and the warps that share it. With more rows
 # a multiprocessor has registers for one program of `gradient_sums` only.
@@ -161,3 +163,15 @@ def gradients(
         num_warps=WARPS,
     )
     return out, grad_weight, grad_bias
+
+
+def check(device: str) -> bool:
+    """Tells whether the kernels compute on this device what torch does, for one batch."""
+    x, grad, (weight, bias) = example(device)
+    y = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True).relu()
+    wanted = (y, *torch.autograd.grad(y, (x, weight, bias), grad.double()))
+    mean, inverse = statistics(x, 1e-5)
+    affine = (weight, bias)
+    y = normalize(x, mean, inverse, affine, relu=True, dtype=torch.float32)
+    found = gradients(grad, x, mean, inverse, affine, relu=True, needs_x=True)
+    return agree((y, *found), wanted, 1e-4)  # type: ignore[arg-type]  # with needs_x none is None

@@ -1,0 +1,250 @@
+"""Triton kernels of a 1x1 convolution that normalizes its input on the way, with a ReLU.
+
+In `channels_last` a 1x1 convolution is a product of two matrices: an image batch of `rows` places
+times `channels`, and the weight of `outputs` times `channels`. It moves more bytes than it computes
+with, so what counts is how often a batch is read and written. These kernels read the batch that
+comes before the normalization and write the result: batch normalization and ReLU happen between
+memory and product, in the backward pass, too, where they are computed again.
+
+Sums over places are taken in two stages, in an order that depends on the shape alone: the same
+input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_scale(mean, inverse, weight, bias, channel, inside):
+    """What makes normalization and its scale and shift one multiplication and one addition."""
+    spread = tl.load(inverse + channel, inside, other=0.0)
+    scale = tl.load(weight + channel, inside, other=0.0) * spread
+    center = tl.load(mean + channel, inside, other=0.0)
+    return center, scale, tl.load(bias + channel, inside, other=0.0), spread
+
+
+@triton.jit
+def _relu(value):
+    return tl.where(value <= 0, 0.0, value)  # NaN stays NaN
+
+
+@triton.jit
+def convolve(
+    x,
+    mean,
+    inverse,
+    weight,
+    bias,
+    matrix,
+    base,
+    out,
+    rows,
+    channels,
+    outputs,
+    apart,
+    sign,
+    ADD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """The convolution; with `ADD`, `base + sign` times it. Rows of `base` lie `apart`."""
+    # Programs that read the same rows run one after the other, so these come from the cache.
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    begin = tl.program_id(1).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    within, wanted = row < rows - begin, output < outputs
+    x += begin * channels
+    total = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        inside = channel < channels
+        center, scale, shift, _ = _load_scale(mean, inverse, weight, bias, channel, inside)
+        valid = within[:, None] & inside[None, :]
+        value = tl.load(x + row[:, None] * channels + channel[None, :], mask=valid, other=0.0)
+        normal = (value.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :]
+        factor = tl.load(
+            matrix + output[None, :] * channels + channel[:, None],
+            mask=wanted[None, :] & inside[:, None],
+            other=0.0,
+        )
+        total = tl.dot(
+            _relu(normal).to(DTYPE), factor.to(DTYPE), total, input_precision=PRECISION
+        )
+    valid = within[:, None] & wanted[None, :]
+    if ADD:
+        place = row[:, None] * apart + output[None, :]
+        old = tl.load(base + begin * apart + place, mask=valid, other=0.0)
+        total = old.to(tl.float32) + sign * total
+    place = row[:, None] * outputs + output[None, :]
+    tl.store(out + begin * outputs + place, total.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def gradient_sums(
+    grad,
+    x,
+    mean,
+    inverse,
+    weight,
+    bias,
+    matrix,
+    partial,
+    rows,
+    channels,
+    outputs,
+    steps,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """Gradients of the matrix, and the sums that those of scale, shift and input need.
+
+    One part of the rows each: a table of `outputs + 2` rows of `channels`, of which the last two
+    are the sums of the gradient of what was normalized, and of that times the normalized value.
+    """
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    part, output = tl.program_id(1), tl.arange(0, OUTPUTS)
+    inside, wanted = channel < channels, output < outputs
+    center, scale, shift, spread = _load_scale(mean, inverse, weight, bias, channel, inside)
+    factor_place = output[:, None] * channels + channel[None, :]
+    factor_valid = wanted[:, None] & inside[None, :]
+    factor = tl.load(matrix + factor_place, mask=factor_valid, other=0.0).to(DTYPE)
+    begin = part.to(tl.int64) * steps * ROWS
+    x, grad, left = x + begin * channels, grad + begin * outputs, rows - begin
+    row = tl.arange(0, ROWS)
+    x_place = row[:, None] * channels + channel[None, :]
+    grad_place = row[:, None] * outputs + output[None, :]
+    of_matrix = tl.zeros([OUTPUTS, CHANNELS], tl.float32)
+    total = tl.zeros([ROWS, CHANNELS], tl.float32)
+    product = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for step in range(steps):
+        within = row < left - step * ROWS
+        value = tl.load(
+            x + step * ROWS * channels + x_place,
+            mask=within[:, None] & inside[None, :],
+            other=0.0,
+        )
+        slope = tl.load(
+            grad + step * ROWS * outputs + grad_place,
+            mask=within[:, None] & wanted[None, :],
+            other=0.0,
+        ).to(DTYPE)
+        centered = value.to(tl.float32) - center[None, :]
+        normal = centered * scale[None, :] + shift[None, :]
+        of_normal = tl.dot(slope, factor, input_precision=PRECISION)
+        of_normal = tl.where(normal <= 0, 0.0, of_normal)
+        total += of_normal
+        product += of_normal * centered
+        of_matrix = tl.dot(
+            tl.trans(slope),
+            _relu(normal).to(DTYPE),
+            of_matrix,
+            input_precision=PRECISION,
+        )
+    partial += part * (outputs + 2) * channels
+    tl.store(partial + factor_place, of_matrix, mask=factor_valid)
+    partial += outputs * channels
+    tl.store(partial + channel, tl.sum(total, 0), mask=inside)
+    tl.store(partial + channels + channel, tl.sum(product, 0) * spread, mask=inside)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_up(
+    partial,
+    of_matrix,
+    grad_bias,
+    grad_weight,
+    parts,
+    channels,
+    outputs,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds up the tables of all parts."""
+    size = outputs * channels
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < size + 2 * channels
+    total = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = part[:, None] * (size + 2 * channels) + column[None, :]
+        total += tl.load(partial + place, mask=inside[None, :] & (part < parts)[:, None], other=0.0)
+    found = tl.sum(total, 0)
+    tl.store(of_matrix + column, found.to(of_matrix.dtype.element_ty), mask=column < size)
+    column -= size
+    tl.store(grad_bias + column, found, mask=(column >= 0) & (column < channels))
+    column -= channels
+    tl.store(grad_weight + column, found, mask=(column >= 0) & (column < channels))
+
+
+@triton.jit
+def input_gradient(
+    grad,
+    x,
+    mean,
+    inverse,
+    weight,
+    bias,
+    matrix,
+    grad_bias,
+    grad_weight,
+    base,
+    out,
+    rows,
+    channels,
+    outputs,
+    apart,
+    share,
+    ADD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """The gradient of every value, through the convolution, mean and variance.
+
+    With `ADD` it is added to `base`, whose rows lie `apart`.
+    """
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    begin = tl.program_id(1).to(tl.int64) * ROWS
+    row, inside = tl.arange(0, ROWS), channel < channels
+    within = row < rows - begin
+    x, grad, out = x + begin * channels, grad + begin * outputs, out + begin * channels
+    of_normal = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for start in range(0, outputs, OUTPUTS):
+        output = start + tl.arange(0, OUTPUTS)
+        wanted = output < outputs
+        slope = tl.load(
+            grad + row[:, None] * outputs + output[None, :],
+            mask=within[:, None] & wanted[None, :],
+            other=0.0,
+        )
+        factor = tl.load(
+            matrix + output[:, None] * channels + channel[None, :],
+            mask=wanted[:, None] & inside[None, :],
+            other=0.0,
+        )
+        of_normal = tl.dot(
+            slope.to(DTYPE), factor.to(DTYPE), of_normal, input_precision=PRECISION
+        )
+    center, scale, shift, spread = _load_scale(mean, inverse, weight, bias, channel, inside)
+    # What of the gradient moves the mean and the variance of the batch has no effect.
+    constant = tl.load(grad_bias + channel, inside, other=0.0) * share
+    tilt = tl.load(grad_weight + channel, inside, other=0.0) * share * spread
+    valid = within[:, None] & inside[None, :]
+    place = row[:, None] * channels + channel[None, :]
+    centered = tl.load(x + place, mask=valid, other=0.0).to(tl.float32) - center[None, :]
+    of_normal = tl.where(centered * scale[None, :] + shift[None, :] <= 0, 0.0, of_normal)
+    result = (of_normal - constant[None, :] - centered * tilt[None, :]) * scale[None, :]
+    if ADD:
+        before = base + begin * apart + row[:, None] * apart + channel[None, :]
+        result += tl.load(before, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=valid)
