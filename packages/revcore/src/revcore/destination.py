@@ -33,7 +33,7 @@ class Destination:
         self.gradient: Tensor | None = None
         self.gradient_added = False
 
-    def __enter__(self) -> Destination:
+    def __enter__(self) -> Destination:  # noqa: PYI034 - Self needs Python 3.11
         self._outer, _thread.destination = _thread.destination, self
         return self
 

@@ -20,7 +20,7 @@ def noise(count: int, device: str) -> Tensor:
 def example(device: str) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Creates a batch in `channels_last`, another one of its shape, and a scale and a shift."""
     # On a GPU several tiles for a program, of which the last is not full; the interpreter is slow.
-    shape = (160 if device == "cuda" else 3, 24, 9, CHANNELS)
+    shape = (160 if device == "cuda" else 2, 12, 9, CHANNELS)
     x, other = noise(2 * math.prod(shape), device).view(2, *shape).permute(0, 1, 4, 2, 3)
     weight = torch.linspace(0.5, 1.5, CHANNELS, device=device, requires_grad=True)
     bias = torch.linspace(-1, 1, CHANNELS, device=device, requires_grad=True)

@@ -43,12 +43,11 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, *, relu: bool = True, cast: bool
         plain: Tensor = norm(x)
         # BatchNorm does not keep its output, so ReLU may overwrite it.
         return F.relu(plain, inplace=True) if relu else plain
-    mean, inverse = statistics(norm, x)
     kind, dtype = x.device.type, x.dtype
     if cast and dtype == torch.float32 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     constants = (passes, norm.eps, relu, dtype)
-    y: Tensor = _Normalize.apply(x, norm.weight, norm.bias, mean, inverse, constants)
+    y: Tensor = _Normalize.apply(x, *statistics(norm, x), norm.weight, norm.bias, constants)
     return y
 
 
@@ -79,26 +78,24 @@ class _Normalize(torch.autograd.Function):
         *tensors, constants = arguments
         passes, _, relu, dtype = ctx.constants = constants
         ctx.save_for_backward(*tensors)
-        x, weight, bias, mean, inverse = tensors
-        y: Tensor = passes.normalize(x, mean, inverse, (weight, bias), relu=relu, dtype=dtype)
+        x, *by = tensors
+        y: Tensor = passes.normalize(x, by, relu=relu, dtype=dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         passes, eps, relu, dtype = ctx.constants
-        x, weight, bias, mean, inverse = ctx.saved_tensors
+        x, *by = ctx.saved_tensors
+        weight, bias = by[2:]
         if torch.is_grad_enabled():  # create_graph=True: the gradient is differentiated, too
             y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
             y = (F.relu(y) if relu else y).to(dtype)
             found = plain_gradients(y, (x, weight, bias), grad)
         else:
             grad = grad.contiguous(memory_format=torch.channels_last)
-            found = passes.gradients(
-                *(grad, x, mean, inverse, (weight, bias)),
-                relu=relu,
-                needs_x=ctx.needs_input_grad[0],
-            )
-        return (*found, None, None, None)
+            found = passes.gradients(grad, x, by, relu=relu, needs_x=ctx.needs_input_grad[0])
+        of_x, *of_affine = found
+        return (of_x, None, None, *of_affine, None)
 
 
 def plain_gradients(

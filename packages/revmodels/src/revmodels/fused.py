@@ -103,7 +103,11 @@ def load(name: str, device: str) -> ModuleType | None:
     except ImportError:  # Triton may be missing
         return None
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+        ):
             error = None if found.check(device) else "they give other results"
     except Exception as raised:  # noqa: BLE001 - a compiler, or a driver, or a GPU that is too old
         error = f"they do not compile: {raised}"

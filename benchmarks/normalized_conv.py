@@ -1,12 +1,12 @@
-"""What do BatchNorm, ReLU and a 1x1 convolution cost, one by one and in our kernels?
+"""What do BatchNorm, ReLU and a convolution cost, one by one and in our kernels?
 
-    python benchmarks/pointwise.py --output FILE.json
+    python benchmarks/normalized_conv.py --output FILE.json
 
-Times them for each shape that they have in a network of bottlenecks: "first" is the first
-convolution of a branch, which reads a float32 stream, "last" the last one, which adds its result to
-a stream. "passes" has normalization and ReLU in the kernels of `revmodels.passes` and torch's
-convolution, "fused" the kernels of `revmodels.pointwise`. Each is captured in a CUDA graph that goes
-over several batches, more than a GPU's cache holds. Needs CUDA.
+Times them for each shape that they have in a branch of bottlenecks: "first" is the convolution that
+reads a float32 stream, "middle" the 3x3 one, "last" the one that adds its result to a stream.
+"passes" has normalization and ReLU in the kernels of `revmodels.passes` and torch's convolution,
+"fused" the kernels of `revmodels.conv_passes`. Each is captured in a CUDA graph that goes over
+several batches, more than a GPU's cache holds. Needs CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from batchnorm import in_a_graph
 from torch import Tensor, nn
 
-from revmodels import passes, pointwise, set_fused
+from revmodels import conv_passes, passes, set_fused
 from revmodels.batchnorm import batch_norm_relu
 from revmodels.normalized_conv import norm_relu_conv
 from revtrain.files import write_json
@@ -31,6 +31,7 @@ from revtrain.provenance import provenance
 # Channels of the input and the output, and side of the image; of RevNet-164.
 SHAPES = {
     "first": [(64, 16, 32), (128, 32, 16), (256, 64, 8)],
+    "middle": [(16, 16, 32), (32, 32, 16), (64, 64, 8)],
     "last": [(16, 64, 32), (32, 128, 16), (64, 256, 8)],
 }
 _BYTES = 120e6  # of batches that a graph goes over: more than the cache of an H100
@@ -48,7 +49,8 @@ def main() -> None:
     for precision in arguments.precision:
         for place, shapes in SHAPES.items():
             for channels, outputs, side in shapes:
-                layer = Layer(arguments.batch_size, channels, outputs, side, place, precision)
+                shape = (arguments.batch_size, channels, side, side)
+                layer = Layer(shape, outputs, place, precision)
                 rows.append(layer.measure())
                 show(rows[-1])
     record = {
@@ -64,17 +66,18 @@ class Layer:
     """One normalization with its convolution, and batches for it."""
 
     def __init__(
-        self, batch: int, channels: int, outputs: int, side: int, place: str, precision: str
+        self, shape: tuple[int, int, int, int], outputs: int, place: str, precision: str
     ) -> None:
+        batch, channels, side, _ = shape
         self.place, self.precision, half = place, precision, precision == "bf16"
         self.dtype = torch.bfloat16 if half else torch.float32
         self.norm = nn.BatchNorm2d(channels)
-        self.conv = nn.Conv2d(channels, outputs, 1, bias=False)
+        size = 3 if place == "middle" else 1
+        self.conv = nn.Conv2d(channels, outputs, size, padding=size // 2, bias=False)
         nn.Sequential(self.norm, self.conv).to("cuda", memory_format=torch.channels_last)
         self.conv.to(self.dtype)  # as revtrain casts the weights of a step
         set_fused(self.norm, True)
-        shape = (batch, channels, side, side)
-        of_x = self.dtype if place == "last" else torch.float32
+        of_x = torch.float32 if place == "first" else self.dtype
         count = max(3, round(_BYTES / (4 * torch.Size(shape).numel())))
         self.batches = [images(shape, of_x) for _ in range(count)]
         # A last convolution's result goes to a stream, and its gradient comes from one.
@@ -137,17 +140,17 @@ class Layer:
         """The forward pass with statistics that are there, and the backward pass."""
         statistics = passes.statistics(self.batches[0], self.norm.eps)
         affine = (self.norm.weight.detach(), self.norm.bias.detach())
-        rest = (*statistics, affine, self.conv.weight.detach())
+        rest = (passes.Normalization(*statistics, *affine), self.conv.weight.detach())
         base = self.stream if self.place == "last" else None
         # The first convolution of a branch adds its gradient to that of the stream.
         of_x = self.batches[0] if self.place == "first" else None
         kwargs: dict[str, Any] = {"dtype": self.dtype}
         return {
-            "convolve": lambda x: pointwise.convolve(x, *rest, base=base, **kwargs),
-            "gradient_sums": lambda x: pointwise.gradients(
+            "convolve": lambda x: conv_passes.convolve(x, *rest, base=base, **kwargs),
+            "without that of x": lambda x: conv_passes.gradients(
                 self.stream, x, *rest, needs_x=False, **kwargs
             ),
-            "gradients": lambda x: pointwise.gradients(
+            "gradients": lambda x: conv_passes.gradients(
                 self.stream, x, *rest, needs_x=True, base=of_x, **kwargs
             ),
         }
