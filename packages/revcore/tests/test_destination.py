@@ -1,4 +1,4 @@
-"""A branch that adds its results to the streams by itself changes nothing but where that happens."""
+"""A branch that adds its results to the streams by itself changes only where that happens."""
 
 import copy
 
@@ -14,11 +14,11 @@ class AddTo(torch.autograd.Function):
     """Adds to a stream; the gradient is passed on as it comes, whatever the sign."""
 
     @staticmethod
-    def forward(ctx, t, stream, sign):
+    def forward(_, t, stream, sign):
         return stream + sign * t
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(_, grad):
         return grad, grad, None
 
 
