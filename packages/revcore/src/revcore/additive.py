@@ -35,10 +35,14 @@ class AdditiveCoupling(Coupling):
     """
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a + fitting(a, t)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return a + t
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a - fitting(a, t)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return a - t
 
     log_det = None  # type: ignore[assignment]  # it keeps volumes
 
@@ -50,16 +54,10 @@ class AdditiveCoupling(Coupling):
         return grad, -grad
 
 
-def fitting(a: Tensor, t: Tensor) -> Tensor:
-    """Returns the branch's output `t`, if it has the shape of the stream `a`.
-
-    Raises:
-        ValueError: If it has not.
-    """
+def misfit(a: Tensor, t: Tensor) -> ValueError:
+    """Creates the error for a branch's output `t` that has not the shape of the stream `a`."""
     # Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
-    if t.shape != a.shape:
-        raise ValueError(
-            f"a branch must return the shape of the stream that it is added to: the stream has "
-            f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
-        )
-    return t
+    return ValueError(
+        f"a branch must return the shape of the stream that it is added to: the stream has "
+        f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
+    )
