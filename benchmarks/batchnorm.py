@@ -90,8 +90,8 @@ def measure(shape: tuple[int, ...], place: str, *, half: bool, sweep: bool) -> d
             return batch_norm_relu(norm, x)
 
     def repeated(x: Tensor) -> Tensor:
-        constants = (mean, inverse, (norm.weight, norm.bias))
-        return passes.normalize(x, *constants, relu=True, dtype=of_y)
+        by = passes.Normalization(mean, inverse, norm.weight, norm.bias)
+        return passes.normalize(x, by, relu=True, dtype=of_y)
 
     def both(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
         def run(x: Tensor) -> Any:

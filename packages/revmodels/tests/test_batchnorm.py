@@ -10,7 +10,8 @@ from torch import nn
 
 import revcore
 import revmodels
-from revmodels.batchnorm import batch_norm_relu, load_passes
+from revmodels.batchnorm import batch_norm_relu
+from revmodels.fused import load
 
 passes = pytest.importorskip("revmodels.passes", reason="there is no Triton", exc_type=ImportError)
 pytest.importorskip("numpy", reason="Triton's interpreter needs it")
@@ -29,7 +30,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _fresh(device):
     passes._lay_out.cache_clear()
-    assert load_passes(device.type) is passes
+    assert load("passes", device.type) is passes
     yield
     passes._lay_out.cache_clear()
 
@@ -273,13 +274,13 @@ def zeros_instead(x, *_, **__):
     ],
 )
 def test_kernels_that_do_not_work_are_not_used(device, monkeypatch, statistics, reason):
-    load_passes.cache_clear()
+    load.cache_clear()
     monkeypatch.setattr(passes, "statistics", statistics)
     norm, x = make_norm(16, device), batch(2, 16, 4, 4, device=device)
     with pytest.warns(UserWarning, match=reason):
         y = batch_norm_relu(norm, x)
     assert torch.equal(y, plain(norm, x))
-    load_passes.cache_clear()
+    load.cache_clear()
 
 
 def small_net(device, **kwargs):

@@ -4,6 +4,7 @@ from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling, bounded_adapter, exp_adapter, sigmoid_adapter
 from revcore.check import BlockCheck, InvertibilityReport, check_invertible
 from revcore.coupling import Coupling
+from revcore.destination import Destination, get_destination
 from revcore.drift import Drift, track_drift
 from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
@@ -18,6 +19,7 @@ __all__ = [
     "AffineCoupling",
     "BlockCheck",
     "Coupling",
+    "Destination",
     "Drift",
     "FixedPointCoupling",
     "HalfStep",
@@ -28,6 +30,7 @@ __all__ = [
     "bounded_adapter",
     "check_invertible",
     "exp_adapter",
+    "get_destination",
     "no_randomness",
     "recompute",
     "remember",

@@ -1,6 +1,6 @@
 """Residual networks and their reversible counterparts."""
 
-from revmodels.batchnorm import set_fused
+from revmodels.fused import set_fused
 from revmodels.memcnn import from_memcnn
 from revmodels.registry import Architecture, create_model, get_architecture, list_models
 from revmodels.resnet import ResNet

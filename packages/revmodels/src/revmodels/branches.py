@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from revcore import no_randomness
+from revcore import get_destination, no_randomness
 from revmodels.batchnorm import batch_norm_relu
+from revmodels.normalized_conv import norm_relu_conv
 
 BlockKind = Literal["basic", "bottleneck"]
 
@@ -54,6 +55,9 @@ class Branch(nn.Module):
             not, because the stem ends with them.
     """
 
+    # To the stream of a coupling, where a kernel can; see `revcore.get_destination`.
+    adds = True
+
     def __init__(self, *kernels: tuple[int, int, int, int], activate: bool = True) -> None:
         super().__init__()
         self.convs = nn.ModuleList(conv(*kernel) for kernel in kernels)
@@ -65,10 +69,18 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
+        # A subclass may do something to the results.
+        destination = get_destination(self) if type(self) is Branch else None
+        last = len(self.convs) - 1
         for position, (norm, convolution) in enumerate(zip(self.norms, self.convs, strict=True)):
             if self.activate or position:
-                x = batch_norm_relu(norm, x)
-            x = convolution(x)
+                x = norm_relu_conv(
+                    *(norm, convolution, x),
+                    result_to=destination if position == last else None,
+                    gradient_to=destination if position == 0 else None,
+                )
+            else:
+                x = convolution(x)
         return x
 
 

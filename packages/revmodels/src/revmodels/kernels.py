@@ -241,16 +241,21 @@ def input_gradient(
     bias,
     grad_bias,
     grad_weight,
+    base,
     out,
     size,
     width,
     channels,
     share,
     RELU: tl.constexpr,
+    ADD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradient of every value, through mean and variance, from the sums of its channel."""
+    """The gradient of every value, through mean and variance, from the sums of its channel.
+
+    With `ADD` it is added to `base`.
+    """
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     begin = tl.program_id(0).to(tl.int64) * ROWS * width
     inside, channel = column < width, column % channels
@@ -267,4 +272,6 @@ def input_gradient(
     if RELU:
         g = tl.where(centered * scale[None, :] + shift[None, :] <= 0, 0.0, g)
     result = (g - constant[None, :] - centered * slope[None, :]) * scale[None, :]
+    if ADD:
+        result += tl.load(base + begin + offset, mask=valid, other=0.0).to(tl.float32)
     tl.store(out + begin + offset, result.to(out.dtype.element_ty), mask=valid)

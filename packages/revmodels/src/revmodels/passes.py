@@ -6,10 +6,12 @@ import functools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from revmodels import kernels
+from revmodels.agreement import agree, example
 
 # A tile of the passes over the batch, rows by columns, and the warps that share it. With more rows
 # a multiprocessor has registers for one program of `gradient_sums` only.
@@ -22,6 +24,22 @@ PROGRAMS = 256
 PARTS = 256
 CHANNELS = 16
 MERGE_WARPS = 8
+
+
+class Normalization(NamedTuple):
+    """By what a batch is normalized: `weight * (x - mean) * inverse + bias`, float32, shape `(C,)`.
+
+    Attributes:
+        mean: Mean of every channel.
+        inverse: One over its standard deviation.
+        weight: Scale.
+        bias: Shift.
+    """
+
+    mean: Tensor
+    inverse: Tensor
+    weight: Tensor
+    bias: Tensor
 
 
 class _Layout(NamedTuple):
@@ -91,73 +109,96 @@ def statistics(
     return mean, inverse
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    affine: tuple[Tensor, Tensor],
-    *,
-    relu: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Computes `weight * (x - mean) * inverse + bias`, and its ReLU, in one pass.
+def normalize(x: Tensor, by: Normalization, *, relu: bool, dtype: torch.dtype) -> Tensor:
+    """Normalizes, and computes the ReLU of the result, in one pass.
 
     Args:
         x: Shape `(N, C, H, W)`, contiguous in `channels_last`.
-        mean: What `statistics` returned first.
-        inverse: What it returned second.
-        affine: Scale (the weight) and shift (the bias), float32, shape `(C,)`.
+        by: By what.
         relu: Whether negative results become zero.
         dtype: Of the result.
     """
     size, channels, y = x.numel(), x.shape[1], torch.empty_like(x, dtype=dtype)
     layout = _lay_out(size, channels)
     kernels.normalize[layout.tiles](
-        *(x, mean, inverse, *affine, y, size, layout.width, channels, relu, ROWS, COLUMNS),
+        *(x, *by, y, size, layout.width, channels, relu, ROWS, COLUMNS),
         num_warps=WARPS,
     )
     return y
 
 
 def gradients(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    affine: tuple[Tensor, Tensor],
-    *,
-    relu: bool,
-    needs_x: bool,
+    grad: Tensor, x: Tensor, by: Normalization, *, relu: bool, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Computes the gradients of the input, weight and bias, through the statistics.
 
     Args:
         grad: Gradient of what `normalize` returned, contiguous in `channels_last`.
-        x: Like the three that follow, as `normalize` got it.
-        mean: Mean of every channel.
-        inverse: One over its standard deviation.
-        affine: Scale and shift.
+        x: As `normalize` got it.
+        by: Likewise.
         relu: Whether a ReLU followed; its mask is computed again.
         needs_x: Whether the gradient of the input is wanted.
     """
     size, channels = x.numel(), x.shape[1]
-    width, tiles, steps, parts, fold, rows = _lay_out(size, channels)
+    width, _, steps, parts, fold, rows = _lay_out(size, channels)
     partial = torch.empty(2 * rows * channels, dtype=torch.float32, device=x.device)
-    grad_weight, grad_bias = map(torch.empty_like, affine)
-    common = (grad, x, mean, inverse, *affine)
-    sizes = (size, width, channels)
     kernels.gradient_sums[parts](
-        *(*common, partial, *sizes, steps, relu, ROWS, COLUMNS, fold), num_warps=WARPS
+        *(grad, x, *by, partial, size, width, channels, steps, relu),
+        *(ROWS, COLUMNS, fold),
+        num_warps=WARPS,
     )
+    of_affine = merge_sums(partial, rows, channels)
+    if not needs_x:
+        return None, *of_affine
+    return input_gradient(grad, x, by, of_affine, relu=relu), *of_affine
+
+
+def merge_sums(partial: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Adds up two tables of `rows` rows of channels: the gradients of weight and bias."""
+    grad_weight, grad_bias = partial.new_empty((2, channels)).unbind()
     kernels.merge_sums[(triton.cdiv(channels, CHANNELS),)](
         *(partial, grad_bias, grad_weight, rows, channels, PARTS, CHANNELS),
         num_warps=MERGE_WARPS,
     )
-    if not needs_x:
-        return None, grad_weight, grad_bias
-    out = torch.empty_like(x)
+    return grad_weight, grad_bias
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    by: Normalization,
+    of_affine: tuple[Tensor, Tensor],
+    *,
+    relu: bool,
+    base: Tensor | None = None,
+) -> Tensor:
+    """Computes the gradient of the input from those of weight and bias.
+
+    Args:
+        grad: As for `gradients`.
+        x: Likewise.
+        by: Likewise.
+        of_affine: Gradients of weight and bias.
+        relu: Whether a ReLU followed.
+        base: A tensor like `x` to which the gradient is added.
+    """
+    size, channels, out = x.numel(), x.shape[1], torch.empty_like(x)
+    width, tiles, *_ = _lay_out(size, channels)
+    grad_weight, grad_bias = of_affine
     kernels.input_gradient[tiles](
-        *(*common, grad_bias, grad_weight, out, *sizes, channels / size, relu, ROWS, COLUMNS),
+        *(grad, x, *by, grad_bias, grad_weight, x if base is None else base, out),
+        *(size, width, channels, channels / size, relu, base is not None, ROWS, COLUMNS),
         num_warps=WARPS,
     )
-    return out, grad_weight, grad_bias
+    return out
+
+
+def check(device: str) -> bool:
+    """Tells whether the kernels compute on this device what torch does, for one batch."""
+    x, grad, (weight, bias) = example(device)
+    y = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True).relu()
+    wanted = (y, *torch.autograd.grad(y, (x, weight, bias), grad.double()))
+    by = Normalization(*statistics(x, 1e-5), weight, bias)
+    y = normalize(x, by, relu=True, dtype=torch.float32)
+    found = gradients(grad, x, by, relu=True, needs_x=True)
+    return agree((y, *found), wanted, 1e-4)  # type: ignore[arg-type]  # with needs_x none is None

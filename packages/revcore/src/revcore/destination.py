@@ -1,0 +1,88 @@
+"""Streams that a branch adds to by itself: its result to one, its gradient to that of the other.
+
+An additive half-step reads a branch's result and a stream, and writes the new stream; on the way
+back it does so with a gradient, too. A branch that begins and ends with kernels of its own can add
+where the result is still at hand, which saves writing and reading it once each time.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+class Destination:
+    """Where the results of one run of a branch go; a context around that run.
+
+    Attributes:
+        stream: The tensor that the branch's result is added to; gone after the run.
+        sign: 1, or -1 where it is subtracted.
+        added: The branch sets this if what it returns is `stream + sign * result`.
+        gradient: Set before the run is differentiated: a tensor that the gradient of the branch's
+            input is added to. None if there is none.
+        gradient_added: The branch sets this if what it returns is that sum.
+    """
+
+    __slots__ = ("_branch", "_outer", "added", "gradient", "gradient_added", "sign", "stream")
+
+    def __init__(self, branch: nn.Module, stream: Tensor, sign: int) -> None:
+        self._branch = branch
+        self.stream, self.sign, self.added = stream, sign, False
+        self.gradient: Tensor | None = None
+        self.gradient_added = False
+
+    def __enter__(self) -> Destination:  # noqa: PYI034 - Self needs Python 3.11
+        self._outer, _thread.destination = _thread.destination, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.destination, self._outer = self._outer, None
+        del self.stream  # the graph of the run may hold this object, but must not hold the stream
+
+    def meant_for(self, branch: nn.Module) -> bool:
+        """Tells whether this is the branch, and nobody else wants to see its results."""
+        return branch is self._branch and not (
+            branch._forward_hooks
+            or branch._forward_pre_hooks
+            or branch._backward_hooks
+            or branch._backward_pre_hooks
+            or _has_any_global_hook()
+        )
+
+
+class _Thread(threading.local):
+    destination: Destination | None = None
+
+
+_thread = _Thread()
+
+
+def get_destination(branch: nn.Module) -> Destination | None:
+    """Tells a branch where its results go, if it may add them there by itself.
+
+    A branch whose class has `adds = True` is told so by an additive coupling while it runs. It may
+    then return `stream + sign * result` instead of `result`, in the stream's dtype, and set
+    `added`. In the backward pass of that run it may return `gradient` and the gradient of its
+    input as one sum, in the input's dtype, and set `gradient_added`. What it does not do, the
+    coupling does.
+
+    A stream that requires a gradient gets it as in any addition. Where the sign is -1 a stream is
+    being reconstructed, and the gradient that arrives is that of `result`: it is passed on as it
+    comes, without the sign.
+
+    Args:
+        branch: The module that asks. Only the coupling's branch itself gets an answer, not a module
+            inside of it; and none if it has hooks, which want to see the results.
+
+    Returns:
+        The destination, or None.
+
+    Example:
+        >>> from torch import nn
+        >>> get_destination(nn.Linear(2, 2)) is None  # not in a coupling
+        True
+    """
+    destination = _thread.destination
+    return destination if destination is not None and destination.meant_for(branch) else None

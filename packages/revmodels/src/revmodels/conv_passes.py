@@ -1,0 +1,264 @@
+"""A convolution of a normalized batch: how it is cut, and which kernels run on it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from revmodels import conv_kernels as kernels
+from revmodels.agreement import CHANNELS, agree, example, noise
+from revmodels.fused import interpreted
+from revmodels.passes import Normalization, input_gradient, merge_sums
+
+# Rows of a tile: few enough for small images to occupy a GPU.
+ROWS = 64
+# Columns of a tile, at least and at most; tensor cores take no fewer.
+LEAST, MOST = 16, 64
+# Outputs of a 1x1 convolution: its gradients need all of a place in one program.
+MOST_OUTPUTS = 256
+# Channels and outputs of one of 3x3: with more, torch's kernels are better.
+MOST_AROUND = 64
+# Programs of the first stage of a sum, and the numbers that they leave to the second.
+PROGRAMS = 264
+PROGRAMS_AROUND = 528
+PARTIAL = 1 << 20
+# A tile of the second stage.
+PARTS, COLUMNS = 64, 32
+
+_FACTORS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor]
+
+
+def _columns(size: int, most: int = MOST) -> int:
+    power: int = triton.next_power_of_2(size)
+    return max(LEAST, min(most, power))
+
+
+def _product(dtype: torch.dtype) -> tuple[tl.dtype, str]:
+    """Returns the dtype of factors, and how float32 is multiplied: as torch is told to."""
+    if dtype != torch.float32:
+        # The interpreter has no products of half precision.
+        return tl.float32 if interpreted() else _FACTORS[dtype], "ieee"
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    found = getattr(conv, "fp32_precision", None)  # torch 2.9
+    tf32 = torch.backends.cudnn.allow_tf32 if found is None else found == "tf32"
+    return tl.float32, "tf32" if tf32 else "ieee"
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Returns how far the places of a batch in `channels_last` lie apart.
+
+    Those of a half of its channels lie as far apart as those of all.
+
+    Args:
+        x: Shape `(N, C, H, W)`.
+
+    Returns:
+        The number of values; None if the batch lies in memory in another way.
+    """
+    _, _, height, width = x.shape
+    apart = x.stride(3)
+    same = x.stride() == (height * width * apart, 1, width * apart, apart)
+    return apart if same and apart >= x.shape[1] else None
+
+
+def can_convolve(channels: int, outputs: int, kernel_size: int) -> bool:
+    """Tells whether there are kernels for a convolution of stride 1 that keeps the image's size."""
+    if kernel_size == 1:
+        return outputs <= MOST_OUTPUTS
+    return kernel_size == 3 and max(channels, outputs) <= MOST_AROUND
+
+
+def can_add(base: Tensor, x: Tensor, kernel_size: int) -> bool:
+    """Tells whether `gradients` can add the gradient of `x` to `base`."""
+    apart = row_stride(base)
+    return base.dtype == x.dtype and (
+        apart == x.shape[1] or (apart is not None and kernel_size == 1)
+    )
+
+
+def convolve(
+    x: Tensor,
+    by: Normalization,
+    matrix: Tensor,
+    *,
+    dtype: torch.dtype,
+    base: Tensor | None = None,
+    sign: int = 1,
+) -> Tensor:
+    """Computes a convolution of the ReLU of what is normalized.
+
+    Args:
+        x: Shape `(N, C, H, W)`, contiguous in `channels_last`.
+        by: By what it is normalized.
+        matrix: The convolution's weight, `(O, C, 1, 1)` or `(O, C, 3, 3)`, in `channels_last`.
+        dtype: In which the factors are multiplied, and of the result if there is no `base`.
+        base: Shape `(N, O, H, W)`: what the result is added to. It has a `row_stride`.
+        sign: -1 to subtract it.
+
+    Returns:
+        Shape `(N, O, H, W)`, in `channels_last`.
+    """
+    n, channels, height, width = x.shape
+    outputs, rows = matrix.shape[0], n * height * width
+    out = torch.empty(
+        (n, outputs, height, width),
+        dtype=dtype if base is None else base.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    added, apart = (x, 0) if base is None else (base, row_stride(base))
+    columns = _columns(outputs)
+    kernels.convolve[(triton.cdiv(outputs, columns), triton.cdiv(rows, ROWS))](
+        *(x, *by, matrix, added, out),
+        *(rows, height, width, channels, outputs, apart, sign),
+        *(matrix.shape[-1], base is not None, *_product(dtype), ROWS, _columns(channels), columns),
+    )
+    return out
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    by: Normalization,
+    matrix: Tensor,
+    *,
+    dtype: torch.dtype,
+    needs_x: bool,
+    base: Tensor | None = None,
+) -> Gradients:
+    """Computes the gradients of the input, scale, shift and matrix, through the statistics.
+
+    Args:
+        grad: Gradient of what `convolve` returned, contiguous in `channels_last`.
+        x: As `convolve` got it.
+        by: Likewise.
+        matrix: Likewise.
+        dtype: In which the factors are multiplied.
+        needs_x: Whether the gradient of the input is wanted.
+        base: A tensor for which `can_add` is true: the gradient of the input is added to it.
+    """
+    function = _gradients if matrix.shape[-1] == 1 else _gradients_around
+    return function(grad, x, by, matrix, dtype=dtype, needs_x=needs_x, base=base)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    by: Normalization,
+    matrix: Tensor,
+    *,
+    dtype: torch.dtype,
+    needs_x: bool,
+    base: Tensor | None,
+) -> Gradients:
+    """Those of 1x1. The gradient of what was normalized is not in memory: two passes compute it."""
+    outputs, channels = matrix.shape[:2]
+    rows, product = x.numel() // channels, _product(dtype)
+    all_outputs = _columns(outputs, MOST_OUTPUTS)
+    # A program holds the matrix's gradient: `all_outputs * some` sums.
+    some = min(_columns(channels), max(LEAST, 8192 // all_outputs))
+    blocks, table = triton.cdiv(channels, some), (outputs + 2) * channels
+    steps, parts = _parts(rows, PROGRAMS // blocks, table)
+    partial = x.new_empty((parts, table), dtype=torch.float32)
+    kernels.gradient_sums[(blocks, parts)](
+        *(grad, x, *by, matrix, partial, rows, channels, outputs, steps),
+        *(*product, ROWS, some, all_outputs),
+        num_warps=4 if all_outputs * some <= 2048 else 8,
+    )
+    of_matrix = torch.empty_like(matrix)
+    grad_weight, grad_bias = partial.new_empty((2, channels)).unbind()
+    kernels.add_up[(triton.cdiv(table, COLUMNS),)](
+        *(partial, of_matrix, grad_bias, grad_weight, parts, outputs * channels, channels),
+        *(True, PARTS, COLUMNS),
+    )
+    if not needs_x:
+        return None, grad_weight, grad_bias, of_matrix
+    out = torch.empty_like(x)
+    added, apart = (x, 0) if base is None else (base, row_stride(base))
+    columns = _columns(channels)
+    kernels.input_gradient[(triton.cdiv(channels, columns), triton.cdiv(rows, ROWS))](
+        *(grad, x, *by, matrix, grad_bias, grad_weight, added, out),
+        *(rows, channels, outputs, apart, 1 / rows),
+        *(base is not None, *product, ROWS, columns, _columns(outputs)),
+    )
+    return out, grad_weight, grad_bias, of_matrix
+
+
+def _gradients_around(
+    grad: Tensor,
+    x: Tensor,
+    by: Normalization,
+    matrix: Tensor,
+    *,
+    dtype: torch.dtype,
+    needs_x: bool,
+    base: Tensor | None,
+) -> Gradients:
+    """Those of 3x3. Nine products give the gradient of what was normalized, which is written."""
+    n, channels, height, width = x.shape
+    outputs, kernel_size = matrix.shape[0], matrix.shape[-1]
+    rows, product, columns = n * height * width, _product(dtype), _columns(channels)
+    sizes = (rows, height, width, channels, outputs)
+    blocks, taps = triton.cdiv(channels, columns), kernel_size**2
+    steps, parts = _parts(rows, PROGRAMS_AROUND // blocks, 2 * channels)
+    of_normal = torch.empty_like(x, dtype=dtype)
+    partial = x.new_empty((2, parts, channels), dtype=torch.float32)
+    kernels.activation_gradient[(blocks, parts)](
+        *(grad, x, *by, matrix, of_normal, partial, *sizes, steps),
+        *(kernel_size, *product, ROWS, columns, _columns(outputs)),
+        num_warps=8 if columns == MOST else 4,
+    )
+    of_affine = merge_sums(partial, parts, channels)
+
+    blocks *= triton.cdiv(outputs, _columns(outputs))
+    steps, parts = _parts(rows, PROGRAMS_AROUND // (taps * blocks), matrix.numel())
+    partial = x.new_empty((parts, matrix.numel()), dtype=torch.float32)
+    kernels.matrix_gradient[(taps, parts, blocks)](
+        *(grad, x, *by, partial, *sizes, steps),
+        *(kernel_size, *product, ROWS, columns, _columns(outputs)),
+    )
+    of_matrix = torch.empty_like(matrix)
+    kernels.add_up[(triton.cdiv(matrix.numel(), COLUMNS),)](
+        *(partial, of_matrix, partial, partial, parts, matrix.numel(), channels),
+        *(False, PARTS, COLUMNS),
+    )
+    if not needs_x:
+        return None, *of_affine, of_matrix
+    out = input_gradient(of_normal, x, by, of_affine, relu=False, base=base)
+    return out, *of_affine, of_matrix
+
+
+def _parts(rows: int, programs: int, table: int) -> tuple[int, int]:
+    """Cuts the rows for the first stage of a sum: tiles of a part, and parts."""
+    tiles = triton.cdiv(rows, ROWS)
+    steps = triton.cdiv(tiles, max(1, min(tiles, programs, PARTIAL // table)))
+    return steps, triton.cdiv(tiles, steps)
+
+
+def check(device: str) -> bool:
+    """Tells whether the kernels compute on this device what torch does, for one batch."""
+    return _check(device, 1) and _check(device, 3)
+
+
+def _check(device: str, kernel_size: int) -> bool:
+    x, base, (weight, bias) = example(device)
+    shape = (CHANNELS, kernel_size, kernel_size, CHANNELS)
+    matrix = noise(math.prod(shape), device).view(shape).permute(0, 3, 1, 2).requires_grad_()
+    normal = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True).relu()
+    y = base - F.conv2d(normal, matrix.double(), padding=kernel_size // 2)
+    # The gradient of the convolution; see revcore.get_destination. Added to another one.
+    wanted = torch.autograd.grad(y, (x, weight, bias, matrix), -base.double())
+    variance, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+    by = Normalization(mean, (variance + 1e-5).rsqrt(), weight, bias)
+    found = gradients(base, x, by, matrix, dtype=torch.float32, needs_x=True, base=base)
+    result = convolve(x, by, matrix, dtype=torch.float32, base=base, sign=-1)
+    wanted = (y, wanted[0] + base, *wanted[1:])
+    # As exact as TF32, if torch's convolutions are.
+    return agree((result, *found), wanted, 5e-3)  # type: ignore[arg-type]  # none is None

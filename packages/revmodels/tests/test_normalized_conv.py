@@ -1,0 +1,384 @@
+"""BatchNorm, ReLU and a convolution by our kernels are what torch makes of the three."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import revcore
+import revmodels
+from revmodels.branches import Branch, make_branch
+from revmodels.fused import load
+from revmodels.normalized_conv import norm_relu_conv
+
+passes = pytest.importorskip(
+    "revmodels.conv_passes", reason="there is no Triton", exc_type=ImportError
+)
+pytest.importorskip("numpy", reason="Triton's interpreter needs it")
+
+# Powers of two and not, one tile of columns and several, rows that end inside of a tile.
+SHAPES = [
+    ((3, 16, 9, 7), 64, 1),
+    ((2, 64, 8, 8), 16, 1),
+    ((2, 3, 4, 4), 5, 1),
+    ((5, 70, 6, 6), 100, 1),
+    ((2, 24, 5, 5), 200, 1),
+    ((1, 1, 2, 3), 1, 1),
+    ((3, 16, 9, 7), 16, 3),
+    ((2, 32, 8, 8), 64, 3),
+    ((2, 3, 4, 5), 7, 3),
+    ((5, 56, 6, 6), 33, 3),
+    ((1, 1, 2, 3), 1, 3),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(device, monkeypatch):
+    # TF32 rounds to 11 bits.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert load("conv_passes", device.type) is passes
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Counts what the kernels compute; True stands for what is added to a stream."""
+    found = {"convolve": [], "gradients": []}
+
+    def counted(name, function):
+        def count(*args, base=None, **kwargs):
+            found[name].append(base is not None)
+            return function(*args, base=base, **kwargs)
+
+        return count
+
+    for name in found:
+        monkeypatch.setattr(passes, name, counted(name, getattr(passes, name)))
+    return found
+
+
+def batch(*shape, device, dtype=torch.float32):
+    x = torch.randn(shape, device=device) * 2 + 1
+    return x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+
+
+def make_layers(channels, outputs, device, size=1):
+    norm = nn.BatchNorm2d(channels)
+    conv = nn.Conv2d(channels, outputs, size, padding=size // 2, bias=False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    layers = nn.Sequential(norm, conv).to(device, memory_format=torch.channels_last)
+    return revmodels.set_fused(layers, True)
+
+
+def plain(layers, x):
+    norm, conv = layers
+    return conv(F.relu(norm(x)))
+
+
+def is_fused(y):
+    return type(y.grad_fn).__name__ == "_NormalizedConvBackward"
+
+
+def relative_error(found, expected):
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def compare(layers, x, tolerance):
+    """Compares outputs, gradients and buffers with those of float64."""
+    exact, x_exact = copy.deepcopy(layers).double(), x.detach().double().requires_grad_()
+    y, expected = norm_relu_conv(*layers, x), plain(exact, x_exact)
+    assert is_fused(y)
+    assert y.shape == expected.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(y)
+    inputs = (x, *layers.parameters())
+    found = torch.autograd.grad(y, inputs, grad)
+    right = torch.autograd.grad(expected, (x_exact, *exact.parameters()), grad.double())
+    assert relative_error(y, expected) < tolerance
+    for ours, theirs, of in zip(found, right, inputs, strict=True):
+        assert ours.dtype == of.dtype
+        assert relative_error(ours, theirs) < 2 * tolerance
+    for ours, theirs in zip(layers.buffers(), exact.buffers(), strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize(("shape", "outputs", "size"), SHAPES)
+def test_values_gradients_and_buffers(device, shape, outputs, size):
+    compare(make_layers(shape[1], outputs, device, size), batch(*shape, device=device), 2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_sums_over_many_parts_of_many_tiles(device, size, monkeypatch):
+    monkeypatch.setattr(passes, "PROGRAMS", 6)
+    monkeypatch.setattr(passes, "PROGRAMS_AROUND", 36)
+    monkeypatch.setattr(passes, "PARTS", 2)
+    assert passes._parts(5 * 11 * 11, 3, 1) == (4, 3)
+    compare(make_layers(40, 48, device, size), batch(5, 40, 11, 11, device=device), 2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(device, dtype, size):
+    layers, x = make_layers(48, 32, device, size), batch(4, 48, 5, 5, device=device, dtype=dtype)
+    twin = copy.deepcopy(layers)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y, expected = norm_relu_conv(*layers, x), plain(twin, x)
+    assert is_fused(y)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert relative_error(y, expected) < 2.0**-7
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, *layers.parameters()), grad)
+    right = torch.autograd.grad(expected, (x, *twin.parameters()), grad)
+    for ours, theirs in zip(found, right, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, theirs) < 2.0**-6
+
+
+def test_weights_that_were_cast_before(device):
+    layers, x = make_layers(16, 8, device), batch(2, 16, 4, 4, device=device)
+    layers[1].to(torch.bfloat16)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = norm_relu_conv(*layers, x)
+    assert is_fused(y)
+    y.sum().backward()
+    assert layers[1].weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_same_bits_each_time(device, size):
+    layers, x = make_layers(64, 32, device, size), batch(4, 64, 8, 8, device=device)
+    runs = []
+    for _ in range(2):
+        y = norm_relu_conv(*layers, x)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), (x, *layers.parameters()))))
+    for one, two in zip(*runs, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_second_derivatives(device, size):
+    layers, x = make_layers(4, 6, device, size), batch(3, 4, 3, 3, device=device)
+    penalties = []
+    for function in (lambda x: norm_relu_conv(*layers, x), lambda x: plain(layers, x)):
+        (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(grad.square().sum(), (x, *layers.parameters())))
+    for ours, theirs in zip(*penalties, strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_frozen(device, size):
+    layers, x = (
+        make_layers(4, 6, device, size).requires_grad_(False),
+        batch(3, 4, 3, 3, device=device),
+    )
+    norm_relu_conv(*layers, x).square().sum().backward()
+    (expected,) = torch.autograd.grad(plain(layers, x).square().sum(), x)
+    assert relative_error(x.grad, expected) < 1e-5
+
+
+def test_evaluation_without_gradients(device, products):
+    layers, x = make_layers(16, 8, device), batch(4, 16, 6, 6, device=device)
+    norm_relu_conv(*layers, x)  # gives it statistics
+    layers.eval()
+    products["convolve"].clear()
+    with torch.no_grad():
+        assert relative_error(norm_relu_conv(*layers, x), plain(layers, x)) < 1e-6
+    assert products["convolve"] == [False]
+
+
+def with_hook(layers):
+    layers[1].register_forward_hook(lambda *_: None)
+    return layers
+
+
+def with_conv(outputs=16, **kwargs):
+    def change(layers):
+        conv = nn.Conv2d(16, outputs, **kwargs)
+        return nn.Sequential(layers[0], conv.to(layers[1].weight.device))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: revmodels.set_fused(layers, False),
+        lambda layers: layers.eval(),
+        with_hook,
+        with_conv(kernel_size=1),  # has a bias
+        with_conv(kernel_size=1, stride=2, bias=False),
+        with_conv(kernel_size=3, bias=False),
+        with_conv(kernel_size=5, padding=2, bias=False),
+        with_conv(kernel_size=3, padding=1, stride=2, bias=False),
+        with_conv(kernel_size=3, padding=2, dilation=2, bias=False),
+        with_conv(kernel_size=3, padding=1, padding_mode="circular", bias=False),
+        with_conv(kernel_size=1, padding=1, bias=False),
+        with_conv(kernel_size=1, groups=2, bias=False),
+        lambda layers: nn.Sequential(layers[0], nn.utils.parametrizations.weight_norm(layers[1])),
+        with_conv(outputs=512, kernel_size=1, bias=False),
+        with_conv(outputs=128, kernel_size=3, padding=1, bias=False),
+    ],
+)
+def test_whatever_the_kernels_cannot_do_runs_as_it_is(device, products, change):
+    layers, x = change(make_layers(16, 8, device)), batch(2, 16, 4, 4, device=device)
+    twin = copy.deepcopy(layers)
+    y = norm_relu_conv(*layers, x)
+    assert not products["convolve"]
+    assert relative_error(y, plain(twin, x)) < 1e-6
+
+
+def test_kernels_that_do_not_work_are_not_used(device, monkeypatch):
+    load.cache_clear()
+    convolve = passes.convolve
+    monkeypatch.setattr(passes, "convolve", lambda *args, **kw: convolve(*args, **kw) * 1.1)
+    layers, x = make_layers(16, 8, device), batch(2, 16, 4, 4, device=device)
+    with pytest.warns(UserWarning, match="they give other results"):
+        y = norm_relu_conv(*layers, x)
+    assert not is_fused(y)
+    load.cache_clear()
+
+
+# In chains: the last convolution adds its result to the stream.
+
+
+CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
+
+
+def make_chain(device, kind="bottleneck", depth=2):
+    torch.manual_seed(0)
+    inner = 4 if kind == "bottleneck" else 16
+    couplings = [
+        revcore.AdditiveCoupling(*(make_branch(kind, 16, inner) for _ in "fg"))
+        for _ in range(depth)
+    ]
+    chain = revcore.ReversibleSequential(*couplings)
+    chain.to(device, memory_format=torch.channels_last)
+    return revmodels.set_fused(chain, True)
+
+
+def run(chain, x, dtype=None):
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        y = chain(x)
+    chain.zero_grad()
+    (grad,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    y.square().sum().backward()
+    # In one piece, because some are zero up to rounding.
+    return y, grad, torch.cat([parameter.grad.flatten() for parameter in chain.parameters()])
+
+
+@pytest.mark.parametrize("kind", list(CONVOLUTIONS))
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_chain_reversed_stored_and_without_kernels(device, products, dtype, kind):
+    x = batch(3, 32, 4, 4, device=device)
+    reversed_chain = make_chain(device, kind)
+    stored = revcore.set_reversing(copy.deepcopy(reversed_chain), False)
+    unfused = revmodels.set_fused(copy.deepcopy(stored), False)
+    ours = run(reversed_chain, x, dtype)
+    # Forward, and both backward passes: a branch's last product goes to a stream. On the way back
+    # its first convolution's gradient does.
+    branch = [False] * (CONVOLUTIONS[kind] - 1) + [True]
+    assert products["convolve"] == branch * 4 * 3
+    # 3x3 kernels add to a tensor that lies dense: not to the end of the chain, halves of one.
+    backward = branch * 4 if kind == "bottleneck" else [False] * 4 + branch * 2
+    assert products["gradients"] == backward * 2
+    for found in products.values():
+        found.clear()
+    theirs = run(stored, x, dtype)
+    assert products["convolve"] == branch * 4
+    assert not any(products["gradients"])
+    plainly = run(unfused, x, dtype)
+    assert torch.equal(ours[0], theirs[0])
+    rounding = 1e-5 if dtype is None else 0.15
+    for one, two, three in zip(ours, theirs, plainly, strict=True):
+        assert relative_error(one, two) < rounding
+        assert relative_error(two, three) < rounding
+    for one, two in zip(reversed_chain.buffers(), stored.buffers(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_inverse(device, products):
+    chain, x = make_chain(device), batch(3, 32, 4, 4, device=device)
+    chain(x)
+    chain.eval()
+    products["convolve"].clear()
+    with torch.no_grad():
+        y = chain(x)
+        assert products["convolve"] == [False, False, True] * 4
+        assert relative_error(chain.inverse(y), x) < 1e-5
+    # With gradients, too: they are those of a subtraction.
+    chain.train()
+    (ours,) = torch.autograd.grad(chain.inverse(x).square().sum(), x)
+    revmodels.set_fused(chain, False)
+    (theirs,) = torch.autograd.grad(chain.inverse(x).square().sum(), x)
+    assert relative_error(ours, theirs) < 1e-5
+
+
+class Twice(Branch):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def twice(chain):
+    for module in chain.modules():
+        if type(module) is Branch:
+            module.__class__ = Twice
+
+
+def hooked(chain):
+    for module in chain.modules():
+        if type(module) is Branch:
+            module.register_forward_hook(lambda _, __, y: 2 * y)
+
+
+def wrapped(chain):
+    for module in list(chain.modules()):
+        if isinstance(module, revcore.AdditiveCoupling):
+            module.f, module.g = nn.Sequential(module.f), nn.Sequential(module.g)
+
+
+class Doubling(revcore.AdditiveCoupling):
+    def combine(self, a, t):
+        return a + 2 * t
+
+    def uncombine(self, a, t):
+        return a - 2 * t
+
+    def combine_vjp(self, a, t, grad):
+        return grad, 2 * grad
+
+
+def doubling(chain):
+    for module in chain.modules():
+        if isinstance(module, revcore.AdditiveCoupling):
+            module.__class__ = Doubling
+
+
+@pytest.mark.parametrize("change", [twice, hooked, wrapped, doubling])
+def test_a_stream_is_not_for_results_that_something_changes(device, products, change):
+    x, chain = batch(2, 32, 4, 4, device=device), make_chain(device)
+    change(chain)
+    unfused = revmodels.set_fused(revcore.set_reversing(copy.deepcopy(chain), False), False)
+    ours = run(chain, x)
+    assert products["convolve"]
+    assert True not in products["convolve"] + products["gradients"]
+    for one, two in zip(ours, run(unfused, x), strict=True):
+        assert relative_error(one, two) < 1e-5
+
+
+@pytest.mark.parametrize("kind", list(CONVOLUTIONS))
+def test_a_net_computes_what_it_computes_without_kernels(device, kind):
+    torch.manual_seed(0)
+    net = revmodels.RevNet(kind, (2, 2), (8, 8, 16), 5)
+    net.to(device, memory_format=torch.channels_last)
+    twin = copy.deepcopy(net)
+    x, labels = batch(4, 3, 8, 8, device=device).detach(), torch.arange(4, device=device)
+    for one in (revmodels.set_fused(net, True), twin):
+        F.cross_entropy(one(x), labels).backward()
+    grads = [torch.cat([p.grad.flatten() for p in one.parameters()]) for one in (net, twin)]
+    assert relative_error(*grads) < 1e-4
+    for ours, theirs in zip(net.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
