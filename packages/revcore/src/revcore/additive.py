@@ -48,16 +48,20 @@ class AdditiveCoupling(Coupling):
             return steps
         return [
             AddingStep(self, step.branch, step.target, step.source)
-            if getattr(step.branch, "adds", False)
+            if getattr(type(step.branch), "adds", False)
             else step
             for step in steps
         ]
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a + fitting(a, t)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return a + t
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return a - fitting(a, t)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return a - t
 
     log_det = None  # type: ignore[assignment]  # it keeps volumes
 
@@ -89,7 +93,7 @@ class AddingStep(HalfStep):
             return super().rebuild(again, streams, kept)
         with Destination(self.branch, streams[self.target], -1) as destination:
             t, pull = again.record(streams[self.source])
-        self._move(streams, t, destination)
+        self._move(streams, t.detach(), destination)
         return partial(self._pull, pull, destination)
 
     def _move(self, streams: list[Tensor], t: Tensor, destination: Destination) -> None:
@@ -112,16 +116,10 @@ class AddingStep(HalfStep):
         return found
 
 
-def fitting(a: Tensor, t: Tensor) -> Tensor:
-    """Returns the branch's output `t`, if it has the shape of the stream `a`.
-
-    Raises:
-        ValueError: If it has not.
-    """
+def misfit(a: Tensor, t: Tensor) -> ValueError:
+    """Creates the error for a branch's output `t` that has not the shape of the stream `a`."""
     # Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
-    if t.shape != a.shape:
-        raise ValueError(
-            f"a branch must return the shape of the stream that it is added to: the stream has "
-            f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
-        )
-    return t
+    return ValueError(
+        f"a branch must return the shape of the stream that it is added to: the stream has "
+        f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
+    )

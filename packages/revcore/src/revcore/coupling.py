@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from revcore.compiled import run_compiled
 from revcore.engine import run
 from revcore.half_step import HalfStep, Scheme
 from revcore.streams import Streams, join, split
@@ -103,7 +105,11 @@ class Coupling(nn.Module, Scheme):
         self, steps: Sequence[HalfStep], x: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
-        return join(x, run(steps, streams, kwargs), self.split_dim)
+        if torch.compiler.is_compiling():
+            y = run_compiled(steps, (), streams, kwargs, reversing=False)
+        else:
+            y = run(steps, streams, kwargs)
+        return join(x, y, self.split_dim)
 
     def extra_repr(self) -> str:
         return f"split_dim={self.split_dim}"

@@ -19,20 +19,22 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from revcore.compiled import run_compiled
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, run_branch
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
+from revcore.survey import Surveys
 from revcore.tape import Tape
-from revcore.versions import version
+from revcore.versions import versions
 
 
 class _Call:
     """One forward call of a chain, or of a block or coupling alone.
 
     Attributes:
+        surveys: Those of the container's branches.
+        surveyed: How many of them this call has come to.
         watch: Keeps the call on its grid.
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
@@ -40,23 +42,24 @@ class _Call:
         log_dets: Those that they have given.
     """
 
-    def __init__(self, tape: Tape | None, *, measures: bool = False) -> None:
+    def __init__(
+        self, tape: Tape | None, surveys: Surveys | None = None, *, measures: bool = False
+    ) -> None:
+        self.surveys = Surveys() if surveys is None else surveys
+        self.surveyed = 0
         self.measures = measures
         self.log_dets: list[Tensor] = []
         self.watch = GridWatch()
         self.tape = tape
-        self.tip: list[tuple[Tensor, int]] = []
+        self.tip: tuple[Streams, list[int]] = ((), [])
 
-    def expect(self, streams: Sequence[Tensor]) -> None:
-        self.tip = [(stream, version(stream)) for stream in streams]
+    def expect(self, streams: Streams) -> None:
+        self.tip = streams, versions(streams)
 
-    def check(self, streams: Sequence[Tensor]) -> None:
+    def check(self, streams: Streams) -> None:
         """Raises if these are not the streams that are expected."""
-        same = len(streams) == len(self.tip)
-        for stream, (seen, count) in zip(streams, self.tip):  # noqa: B905 - compared above
-            if (stream is not seen and not _same_data(stream, seen)) or version(stream) != count:
-                same = False
-        if not same:
+        tip, counts = self.tip
+        if versions(streams) != counts or not all(map(_same_data, streams, tip)):
             raise RuntimeError(
                 "the streams between two blocks of a reversible chain were changed, by a hook or by"
                 " an in-place operation, so the chain cannot be reversed. Make the change a block "
@@ -77,26 +80,25 @@ _thread = _Thread()
 
 
 class _StepsNode(torch.autograd.Function):
-    """Steps in a row, reversed: from the streams that they touch to those that they change."""
+    """Steps in a row, reversed: from all streams to those that they change."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *_inputs: Tensor) -> Streams:
-        call, tape, streams = plan.call, plan.tape, plan.streams
-        first = len(tape.records)
-        tape.records += plan.records
-        ctx.tape, ctx.steps = tape, range(first, len(tape.records))
-        ctx.count, ctx.touched, ctx.changed = len(streams), plan.touched, plan.changed
+        call, tape, streams, records, changed = plan
+        count, first = len(streams), len(tape.records)
+        tape.records += records
+        ctx.visit = tape, range(first, len(tape.records)), count, changed
         _thread.call = None
         try:
-            for step, replay in plan.records:
+            for step, replay in records:
                 if tape.drift is not None:
-                    tape.truth.append(tuple(x.detach() for x in streams[: ctx.count]))
+                    tape.truth.append(tuple(x.detach() for x in streams[:count]))
                 step.apply(replay.first_run, streams)
                 if step.grid is not None:
                     call.watch.note([streams[index] for index in step.writes])
         finally:
             _thread.call = call
-        return (*[streams[index] for index in plan.changed], *streams[ctx.count :])
+        return (*[streams[index] for index in changed], *streams[count:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,17 +108,14 @@ class _StepsNode(torch.autograd.Function):
                 "activations where you need second derivatives: "
                 "revcore.set_reversing(model, False)."
             )
-        tape: Tape = ctx.tape
-        retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
-        every: list[Tensor | None] = [None] * ctx.count
-        for index, grad in zip(ctx.changed, grads):  # noqa: B905 - log-determinants may follow
+        tape, steps, count, changed = ctx.visit
+        every: list[Tensor | None] = [None] * count
+        for index, grad in zip(changed, grads):  # noqa: B905 - log-determinants may follow
             every[index] = grad
-        every += grads[len(ctx.changed) :]
-        found: list[Tensor | None] = []
-        for index in reversed(ctx.steps):
-            found += tape.differentiate(index, every, retain=retain)
-        tape.leave(ctx.steps.start, retain=retain)
-        return (None, *[every[index] for index in ctx.touched], *found)
+        every += grads[len(changed) :]
+        retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
+        found = tape.differentiate(steps, every, retain=retain)
+        return (None, *every, *found)
 
 
 class _Plan(NamedTuple):
@@ -127,22 +126,18 @@ class _Plan(NamedTuple):
         tape: That call's tape.
         streams: All streams, which are replaced by those after the steps.
         records: The steps, and how to repeat their branches.
-        touched: Indices of the streams that the steps read or change.
-        changed: Indices of those that they change.
+        changed: Indices of the streams that the steps change.
     """
 
     call: _Call
     tape: Tape
     streams: list[Tensor]
     records: list[tuple[Step, Replay]]
-    touched: list[int]
     changed: list[int]
 
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
     """Runs steps: reversed where a chain is recording in this thread, stored otherwise."""
-    if torch.compiler.is_compiling():
-        return run_compiled(steps, (), streams, kwargs, reversing=False)
     call = _thread.call
     if call is None:
         call = _Call(None)
@@ -161,55 +156,60 @@ def _run(
     if call.measures:
         steps = [step.measured() for step in steps]
     current = call.watch.enter(steps, streams)
-    touched = sorted({index for step in steps for index in (*step.inputs, *step.writes)})
-    if touched and touched[-1] >= len(current):
+    for index, stream in enumerate(current):
+        if not stream.is_contiguous():
+            current[index] = dense(stream)
+    try:
+        if call.tape is None or not _run_reversed(call, call.tape, steps, current, kwargs):
+            run = _run_stored if call.tape is None else _run_frozen
+            for step in steps:
+                step.apply(partial(run, step, kwargs), current)
+                if step.grid is not None:
+                    call.watch.note([current[index] for index in step.writes])
+    except IndexError:
+        most = max(index for step in steps for index in (*step.inputs, *step.writes))
+        if most < len(streams):
+            raise
         raise ValueError(
-            f"the coupling works on {touched[-1] + 1} streams or more, got {len(current)}"
-        )
-    for index in touched:
-        if not current[index].is_contiguous():
-            current[index] = dense(current[index])
-    if not _run_reversed(call, steps, current, touched, kwargs):
-        run = _run_stored if call.tape is None else _run_frozen
-        for step in steps:
-            step.apply(partial(run, step, kwargs), current)
-            if step.grid is not None:
-                call.watch.note([current[index] for index in step.writes])
-    call.log_dets += current[len(streams) :]
-    return tuple(current[: len(streams)])
+            f"the coupling works on {most + 1} streams or more, got {len(streams)}"
+        ) from None
+    if call.measures:
+        call.log_dets += current[len(streams) :]
+        del current[len(streams) :]
+    return tuple(current)
 
 
 def _run_reversed(
     call: _Call,
+    tape: Tape,
     steps: Sequence[Step],
     streams: list[Tensor],
-    touched: list[int],
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """Runs steps as a node, if a tape records and anything before their end needs a gradient."""
-    tape = call.tape
-    if tape is None:
-        return False
-    records = [(step, Replay(step, kwargs)) for step in steps]
+    """Runs steps as a node, if anything before their end needs a gradient."""
+    records: list[tuple[Step, Replay]] = []
+    leaves: list[Tensor] = []
+    changed: list[int] = []
     needs = [stream.requires_grad for stream in streams]
-    inputs = [streams[index] for index in touched]
-    for step, replay in records:
-        replay.needs_x = any(needs[index] for index in step.inputs)
-        if replay.needs_x or replay.leaves:
-            for index in step.writes:
-                needs[index] = True
-    if not tape.records and not any(needs):
+    for step in steps:
+        replay = Replay(step, call.surveys.get(call.surveyed, step.branch), kwargs)
+        call.surveyed += 1
+        records.append((step, replay))
+        # Gradients are found from the last step to the first, and one that several steps share adds
+        # up in that order, as it does where activations are stored.
+        leaves = replay.leaves + leaves
+        replay.needs_x = True in [needs[index] for index in step.inputs]
+        for index in step.writes:
+            needs[index] = needs[index] or replay.needs_x or bool(replay.leaves)
+            if index not in changed:
+                changed.append(index)
+    if not tape.records and True not in needs:
         # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it; an
         # input that was kept there is not that of the first step on the tape.
         tape.anchors.clear()
         return False
-    # Gradients are found from the last step to the first, and one that several steps share adds up
-    # in that order, as it does where activations are stored.
-    for _, replay in reversed(records):
-        inputs += replay.leaves
-    changed = sorted({index for step in steps for index in step.writes})
-    plan = _Plan(call, tape, list(streams), records, touched, changed)
-    outputs = _StepsNode.apply(plan, *inputs)
+    plan = _Plan(call, tape, streams.copy(), records, changed)
+    outputs = _StepsNode.apply(plan, *streams, *leaves)
     for index, output in zip(changed, outputs):  # noqa: B905 - log-determinants may follow
         streams[index] = output
     streams += outputs[len(changed) :]
@@ -299,7 +299,9 @@ def _reverse_alone(
 ) -> Tensor | Streams:
     split_dim = container.split_dim
     tape = Tape() if container.reversing and can_reverse() else None
-    call = _thread.call = _Call(tape, measures=container.log_det)
+    # Not by setattr, which takes longer for a module.
+    surveys = vars(container).setdefault("_surveys", Surveys())
+    call = _thread.call = _Call(tape, surveys, measures=container.log_det)
     try:
         call.expect(streams)
         outputs = body(*streams, **kwargs)
@@ -351,7 +353,7 @@ def dense(x: Tensor) -> Tensor:
 
 def _same_data(a: Tensor, b: Tensor) -> bool:
     # Hooks such as FSDP's hand on an alias that has a node of its own in the graph.
-    return bool(
+    return a is b or bool(
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.storage_offset() == b.storage_offset()
         and a.shape == b.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from revcore.additive import fitting
+from revcore.additive import misfit
 from revcore.coupling import Coupling
 from revcore.grid import move
 
@@ -59,10 +59,14 @@ class FixedPointCoupling(Coupling):
         self.fraction_bits = self.grid = fraction_bits
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return move(a, fitting(a, t), self.fraction_bits, 1)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return move(a, t, self.fraction_bits, 1)
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return move(a, fitting(a, t), self.fraction_bits, -1)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return move(a, t, self.fraction_bits, -1)
 
     log_det = None  # type: ignore[assignment]  # it keeps volumes
 

@@ -10,55 +10,61 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-_engine = torch.autograd.Variable._execution_engine
+from revcore.survey import Survey
+
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
 _Leaf = torch._C._functions.AccumulateGrad
 
 # How many nodes the last graph of a branch had, and how many leaves it was allowed. As long as
 # both stay, the graph is not walked again.
-_walked: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
+_walked: WeakKeyDictionary[nn.Module, tuple[int | None, int]] = WeakKeyDictionary()
 
 
 def differentiate(
     t: Tensor,
-    x: Tensor | None,
-    leaves: Sequence[Tensor],
-    branch: nn.Module,
-    grad: Tensor,
-    *,
+    inputs: tuple[Tensor | None, ...],
+    survey: Survey,
     nodes: int | None,
+    grad: Tensor,
 ) -> Sequence[Tensor | None]:
-    """Takes the gradient of a branch's output to those of its input and leaves.
+    """Takes the gradient of a branch's output to those of its inputs.
 
     Args:
         t: The output, with its graph.
-        x: The input, None if it needs no gradient.
-        leaves: Everything else that needs one.
-        branch: The module.
-        grad: Gradient of the output.
+        inputs: First the branch's input, None if it needs no gradient, then all else that needs
+            one.
+        survey: That of the branch.
         nodes: Number of nodes of the graph; None if another graph may have as many.
+        grad: Gradient of the output.
 
     Returns:
-        Gradients, None where there is none; first that of the input.
+        A gradient for each input, None where there is none.
 
     Raises:
         RuntimeError: If the graph ends in a tensor that is not among these.
     """
-    wanted = leaves if x is None else (x, *leaves)
+    wanted: Any = inputs if inputs[0] is not None else inputs[1:]
     if not wanted or not t.requires_grad:
-        return [None] * (len(leaves) + 1)
-    if nodes is None or _walked.get(branch) != (nodes, len(wanted)):
-        refuse_foreign_leaves(t, wanted, branch)
-        if branch not in _walked:
-            _warn_of_side_results(branch)
-        _walked[branch] = (nodes or 0, len(wanted))
+        return [None] * len(inputs)
+    if nodes is None or survey.walked != (nodes, len(wanted)):
+        _walk(t, wanted, survey, nodes)
     if grad.dtype != t.dtype:
         grad = grad.to(t.dtype)
     # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:
     # keep the graph, create one, allow inputs that were not used, accumulate into .grad.
-    found: Sequence[Tensor | None] = _engine.run_backward(
-        (t,), (grad,), False, False, tuple(wanted), True, False
-    )
-    return found if x is not None else (None, *found)
+    found: Sequence[Tensor | None] = _run_backward((t,), (grad,), False, False, wanted, True, False)
+    return found if wanted is inputs else (None, *found)
+
+
+def _walk(t: Tensor, wanted: Sequence[Tensor], survey: Survey, nodes: int | None) -> None:
+    branch = survey.modules[0]
+    known = _walked.get(branch)
+    survey.walked = now = (nodes, len(wanted))
+    if nodes is None or known != now:
+        refuse_foreign_leaves(t, wanted, branch)
+        if known is None:
+            _warn_of_side_results(branch)
+        _walked[branch] = now
 
 
 def _warn_of_side_results(branch: nn.Module) -> None:

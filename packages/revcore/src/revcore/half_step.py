@@ -85,7 +85,7 @@ def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Seque
         return grads
     with torch.enable_grad():
         a = a.detach().requires_grad_()
-        t = t.requires_grad_()
+        t = t.detach().requires_grad_()
         return torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
 
 

@@ -25,13 +25,20 @@ NO_STATES: States = []
 
 M = TypeVar("M", bound=type[nn.Module])
 
+# Modules that draw nothing, and do the same in training and in evaluation.
+_PLAIN: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
+        *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
+        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+    }
+)
+
 # Modules that are known to draw nothing, so that nothing has to be read for them. The list need not
 # be complete.
 _QUIET: set[type[nn.Module]] = {
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
+    *_PLAIN,
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
-    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
 }
 
 
@@ -64,6 +71,11 @@ def draw_nothing(modules: Sequence[nn.Module]) -> bool:
         if type(module) not in _QUIET or module._forward_hooks or module._forward_pre_hooks:
             return False
     return True
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tells whether a module is known to do the same in training and in evaluation."""
+    return type(module) in _PLAIN and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 _CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from revcore.engine import can_reverse
 from revcore.replay import Replay
+from revcore.survey import Survey
 from revcore.tape import Saved
 
 _SECOND_TIME = (
@@ -83,7 +84,7 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         torch.Size([3, 4])
     """
     if not torch.compiler.is_compiling() and can_reverse():
-        replay = Replay(_Part(module, module), kwargs)
+        replay = Replay(_Part(module, module), Survey(module), kwargs)
         replay.needs_x = x.requires_grad
         if replay.needs_x or replay.leaves:
             node: Tensor = _RecomputeNode.apply(replay, x, *replay.leaves)

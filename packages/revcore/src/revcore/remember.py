@@ -14,44 +14,38 @@ Tensors = tuple[Tensor, ...]
 class Memory:
     """What one branch remembers, in the order in which it came to it.
 
-    Used as a context around a run of the branch.
-
     Attributes:
         again: Whether the run is a repetition, which is given what the first one remembered.
+        position: How many results this run has asked for.
+        outer: The memory of a branch around this one.
     """
 
-    __slots__ = ("_outer", "_position", "_results", "again")
-
-    def __init__(self) -> None:
-        self._results: list[Tensors] = []
-        self.again = False
-
-    def __enter__(self) -> None:
-        self._outer, _thread.memory = _thread.memory, self
-        self._position = 0
-
-    def __exit__(self, *_: object) -> None:
-        _thread.memory, self._outer = self._outer, None
+    again = False
+    position = 0
+    outer: Memory | None = None
+    _results: tuple[Tensors, ...] = ()
 
     def ask(self, compute: Callable[[], Tensors]) -> Tensors:
         """Returns the next result."""
         if not self.again:
             # The branch may be part of another one, which is being repeated.
-            self._results.append(_ask(self._outer, compute))
-        elif self._position == len(self._results):
+            self._results += (_ask(self.outer, compute),)
+        elif self.position == len(self._results):
             raise RuntimeError(
                 "a reversible branch calls revcore.remember more often when it is repeated than in "
                 "its first run, so it is not the same computation"
             )
-        self._position += 1
-        return self._results[self._position - 1]
+        self.position += 1
+        return self._results[self.position - 1]
 
 
 class _Thread(threading.local):
+    """The memory of the branch that is running in this thread."""
+
     memory: Memory | None = None
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
 def _ask(memory: Memory | None, compute: Callable[[], Tensors]) -> Tensors:
@@ -85,4 +79,4 @@ def remember(compute: Callable[[], Tensors]) -> Tensors:
         torch.Size([3])
     """
     with torch.no_grad():
-        return _ask(None if torch.compiler.is_compiling() else _thread.memory, compute)
+        return _ask(None if torch.compiler.is_compiling() else thread.memory, compute)

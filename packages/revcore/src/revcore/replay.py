@@ -6,34 +6,29 @@ state, autocast, training flags, buffers, parameters, strides) and must leave no
 statistics change once per training step, and the global random generators end where they were.
 
 All of this happens for every branch in every step of training, in Python, so what is usual is
-looked at quickly (`Replay._is_usual`) and only what is not is put back piece by piece.
+looked at quickly (`revcore.survey`) and only what is not is put back piece by piece.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from operator import is_
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
-from torch.nn.parameter import is_lazy
 
-from revcore.autocast import autocast_as, autocast_now, no_autocast_cache
+from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.graph import differentiate
-from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, draw_nothing, get_states
-from revcore.remember import Memory
+from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
+from revcore.remember import Memory, thread
 from revcore.step import Pullback
-from revcore.versions import changed, storages, version, versions
-
-# These read their running statistics only in evaluation, so switching `track_running_stats` off
-# repeats a training-mode run exactly and is cheaper than exchanging buffers. Subclasses may use
-# their buffers in other ways and take the general path.
-BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+from revcore.survey import Survey, Table, needs_of
+from revcore.versions import changed, contents, version
 
 # Random generators, buffers and training flags belong to the process or to the module, not to a
 # call, so only one thread at a time may run a branch for the first time or repeat it.
@@ -49,10 +44,11 @@ _OTHER_DRAWS = (
     "call. Draw in that thread from a torch.Generator of its own."
 )
 
-_Table = dict[str, Any]
-_Undo = list[tuple[_Table, str, Any]]
-_Buffer = tuple[nn.Module, _Table, str, Tensor, int]
+_Undo = list[tuple[Table, str, Any]]
+_Buffer = tuple[nn.Module, Table, str, Tensor, int]
+_hooks = attrgetter("_backward_hooks")
 _NOTHING: Mapping[int, Tensor] = {}
+_AS_IT_IS = nullcontext()
 
 
 class Runs(Protocol):
@@ -66,11 +62,12 @@ class Runs(Protocol):
     def grid(self) -> int | None: ...
 
 
-class Replay:
+class Replay(Memory):
     """The first run of one branch on one input, and the means to repeat it.
 
     Args:
         step: Says what is run, and how.
+        survey: What its branch is made of now.
         kwargs: Extra keyword arguments for the branch.
 
     Attributes:
@@ -79,49 +76,24 @@ class Replay:
     """
 
     needs_x = False
+    _autocast: Autocast = ()
     _before = _after = NO_STATES
     _buffers: Sequence[_Buffer] = ()
-    _copies: Sequence[tuple[_Table, str, Tensor]] = ()
+    _copies: Sequence[tuple[Table, str, Tensor]] = ()
 
-    def __init__(self, step: Runs, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, step: Runs, survey: Survey, kwargs: Mapping[str, Any]) -> None:
         self._step = step
+        self._survey = survey
         self._kwargs = kwargs
-        # Modules and parameters are read at call time, because a module may hold others at another
-        # call (torch.func.functional_call, FSDP). nn.Module.modules takes four times as long.
-        modules: list[Any] = [step.branch]
-        tensors: list[Any] = []
-        self._tables: list[tuple[_Table, _Table]] = []
-        self._buffered: list[nn.Module] = []
-        self._norms: list[nn.Module] = []
-        for module in modules:  # grows meanwhile
-            if module._modules:
-                modules += [m for m in module._modules.values() if m is not None]
-                if len(set(modules)) < len(modules):
-                    modules[:] = dict.fromkeys(modules)
-            if module._parameters:
-                found = dict(module._parameters.items())  # a ScriptModule has no copy()
-                self._tables.append((module._parameters, found))
-                tensors += found.values()
-            if module._buffers:
-                if not (module.training and type(module) in BATCH_NORMS):
-                    self._buffered.append(module)
-                else:
-                    # Also if it tracks nothing now: a branch around this one may have seen to that,
-                    # and be done when this one is repeated.
-                    self._norms.append(module)
+        self._tensors, self._needed, self.leaves = survey.tensors, survey.needed, survey.leaves
+        self._plain = survey.plain
         if kwargs:
-            tensors += [v for v in kwargs.values() if isinstance(v, Tensor)]
-        if None in (seen := set(tensors)) or len(seen) < len(tensors):
-            tensors = [tensor for tensor in dict.fromkeys(tensors) if tensor is not None]
-        self._modules = modules
-        self._training = [module.training for module in modules]
-        self._tensors: list[Tensor] = tensors
-        self._versions = versions(tensors)
-        self._storages = storages(tensors)
-        self._needed = [tensor.requires_grad for tensor in tensors]
-        self.leaves = [v for v in tensors if v.requires_grad] if False in self._needed else tensors
-        self._quiet = draw_nothing(modules)
-        self._memory = Memory()
+            more = [value for value in kwargs.values() if isinstance(value, Tensor)]
+            self._tensors = list(dict.fromkeys(self._tensors + more))
+            self._needed = needs_of(self._tensors)
+            self._plain = False
+            self.leaves = [tensor for tensor in self._tensors if tensor.requires_grad]
+        self._contents = contents(self._tensors)
 
     def first_run(self, x: Tensor) -> Tensor:
         """Runs the branch as any module is run, and notes what it sees.
@@ -130,31 +102,32 @@ class Replay:
             TypeError: If the branch returns anything but a tensor.
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
-        if any(map(is_lazy, self._tensors)):
+        step, survey = self._step, self._survey
+        self._stride = x.stride()
+        if torch._C._is_any_autocast_enabled():
+            self._autocast = autocast_now(x.device.type)
+        elif survey.simple and step.grid is None:
+            return run_branch(step.call, x, self._kwargs, self)
+        if survey.lazy:
             raise RuntimeError(
-                f"branch {type(self._step.branch).__name__} has lazy parameters that have no shape "
+                f"branch {type(step.branch).__name__} has lazy parameters that have no shape "
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
-        self._stride = x.stride()
-        self._device = x.device.type
-        self._autocast = autocast_now(self._device)
-        if self._quiet and not self._buffered and not self._autocast and self._step.grid is None:
-            return self._run(self._step.call, x, self._kwargs)
         with _LOCK, ExitStack() as stack:
             if self._autocast:
                 stack.enter_context(no_autocast_cache())
-            if not self._quiet:
+            if not survey.quiet:
                 self._before = get_states(x)
                 if not self._before:
                     stack.enter_context(RefuseRandomness(_CAPTURING))
             buffers: list[_Buffer] = [
                 (module, module._buffers, name, value, version(value))
-                for module in self._buffered
+                for module in survey.buffered
                 for name, value in module._buffers.items()
                 if value is not None
             ]
             copies = [buffer[3].clone() for buffer in buffers]
-            t = self._without_gradients(self._run, x)
+            t = self._without_gradients(run_branch, x)
             if self._before:
                 self._after = get_states(x)
             # A copy is kept of the few buffers that the branch has changed, to run it from there.
@@ -177,7 +150,7 @@ class Replay:
                 other random numbers than before.
         """
         if call is not None:
-            return self._repeat(call, x, self._kwargs)
+            return self._repeat(call, x, self._kwargs, None)
         return self._without_gradients(self._repeat, self._lay_out(x))
 
     def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -187,8 +160,8 @@ class Replay:
             x: The input of the first run, reconstructed.
 
         Returns:
-            The branch's output, and a function from its gradient to those of `x`, None if that is
-            not needed, and of `leaves`.
+            The branch's output with its graph, and a function from its gradient to those of `x`,
+            None if that is not needed, and of `leaves`.
         """
         x = self._lay_out(x).detach()
         if self.needs_x:
@@ -197,26 +170,33 @@ class Replay:
         # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
         # what the node returns; a stand-in has none. Nor does it belong to the CUDA stream of the
         # forward pass, which need not be that of the repetition while a graph is captured.
+        tensors, needed = self._tensors, self._needed
         everywhere = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        strange = [
-            (v, need)
-            for v, need in zip(self._tensors, self._needed)  # noqa: B905 - made together
-            if everywhere or v.requires_grad is not need or not v.is_leaf or v._backward_hooks
-        ]
-        if strange:
-            aliases = {id(v): v.detach().requires_grad_(need) for v, need in strange}
+        if (
+            everywhere
+            or not self._plain
+            or any(map(_hooks, tensors))
+            or needs_of(tensors) != needed
+        ):
+            aliases = {
+                id(v): v.detach().requires_grad_(need)
+                for v, need in zip(tensors, needed, strict=True)
+                if everywhere or v.requires_grad is not need or not v.is_leaf or v._backward_hooks
+            }
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
-        with torch.enable_grad():
+        torch._C._set_grad_enabled(True)
+        try:
             first = torch._C._autograd._get_sequence_nr()
             # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.
             seen = x.view_as(x) if _global_forward_pre_hooks else x
-            t = self._repeat(self._step.call, seen, self._kwargs, aliases)
+            t = self._repeat(self._step.call, seen, self._kwargs, self, aliases)
             nodes = torch._C._autograd._get_sequence_nr() - first
+        finally:
+            torch._C._set_grad_enabled(False)
+        wanted = (x if self.needs_x else None, *leaves)
         # Arguments may hold other tensors at each call.
         known = None if self._kwargs else nodes
-        given = x if self.needs_x else None
-        pull = partial(differentiate, t, given, leaves, self._step.branch, nodes=known)
-        return t.detach(), pull
+        return t, partial(differentiate, t, wanted, self._survey, known)
 
     def _lay_out(self, x: Tensor) -> Tensor:
         """Copies `x` to the strides that the branch saw first; other strides, other bits."""
@@ -228,45 +208,34 @@ class Replay:
     def _without_gradients(self, run: Callable[..., Tensor], x: Tensor) -> Tensor:
         """Runs the branch; on a grid by the very code that is run with gradients."""
         if self._step.grid is None:
-            return run(self._step.call, x, self._kwargs)
+            return run(self._step.call, x, self._kwargs, self)
         with torch.enable_grad():
             x = x.detach().requires_grad_(self.needs_x)
-            return run(self._step.call, x, self._kwargs).detach()
-
-    def _run(self, call: Callable[..., Tensor], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        if call is not self._step.call:
-            return run_branch(call, x, kwargs)
-        with self._memory:
-            return run_branch(call, x, kwargs)
+            return run(self._step.call, x, self._kwargs, self).detach()
 
     def _repeat(
         self,
         call: Callable[..., Tensor],
         x: Tensor,
         kwargs: Mapping[str, Any],
+        memory: Memory | None,
         aliases: Mapping[int, Tensor] = _NOTHING,
     ) -> Tensor:
-        self._memory.again = True
+        self.again = True
         self._refuse_changes()
+        usual = not (aliases or self._buffers or self._copies) and self._survey.is_as_it_was()
+        cast = self._autocast or torch._C._is_any_autocast_enabled()
+        if usual and not self._survey.norms and not self._before and not cast:
+            return run_branch(call, x, kwargs, memory)
         if aliases:
             kwargs = {name: aliases.get(id(value), value) for name, value in kwargs.items()}
-        run = partial(self._run, call, x, kwargs)
+        run = partial(run_branch, call, x, kwargs, memory)
         if self._before:
             run = partial(draw_again, self._before, self._after, run, _OTHER_DRAWS)
-        if self._autocast or torch._C._is_any_autocast_enabled():
-            with autocast_as(self._autocast, self._device):
-                return self._in_place(run, aliases)
-        return self._in_place(run, aliases)
-
-    def _in_place(self, run: Callable[[], Tensor], aliases: Mapping[int, Tensor]) -> Tensor:
-        """Runs something while the branch's modules are what they were."""
-        usual = not aliases and self._is_usual()
-        if usual and not self._norms and not self._before:
-            return run()
         undo: _Undo = []
-        with _LOCK:
+        with _LOCK, autocast_as(self._autocast, x.device.type) if cast else _AS_IT_IS:
             try:
-                for module in self._norms:
+                for module in self._survey.norms:
                     _swap(module.__dict__, "track_running_stats", False, undo)
                 if not usual:
                     self._put_back(aliases, undo)
@@ -274,31 +243,18 @@ class Replay:
             finally:
                 _take_back(undo)
 
-    def _is_usual(self) -> bool:
-        """Tells whether there is nothing to put back but batch norms' statistics."""
-        if self._buffers or self._copies:
-            return False
-        if [module.training for module in self._modules] != self._training:
-            return False
-        for table, found in self._tables:
-            if len(table) != len(found) or not all(map(is_, table.values(), found.values())):
-                return False
-        return True
-
     def _refuse_changes(self) -> None:
         """Raises if a parameter, a buffer or an argument was changed in place."""
-        now, then = versions(self._tensors), self._versions
-        if now == then:  # p.data = ... does not count
-            now, then = storages(self._tensors), self._storages
-        if now != then:
-            changes = zip(self._tensors, now, then, strict=True)
+        now = contents(self._tensors)
+        if now != self._contents:
+            changes = zip(self._tensors * 2, now, self._contents, strict=True)
             raise changed(self._name(next(tensor for tensor, a, b in changes if a != b)))
         for module, _, name, value, count in self._buffers:
             if version(value) != count:
                 raise changed(f"buffer {name!r} of {type(module).__name__}")
 
     def _name(self, tensor: Tensor) -> str:
-        for module in self._modules:
+        for module in self._survey.modules:
             for name, value in module._parameters.items():
                 if value is tensor:
                     return f"parameter {name!r} of {type(module).__name__}"
@@ -309,10 +265,10 @@ class Replay:
 
     def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
         """Makes the branch's modules what they were; `undo` gets what they are now."""
-        for module, flag in zip(self._modules, self._training, strict=True):
+        for module, flag in self._survey.flags:
             if module.training is not flag:
                 _swap(module.__dict__, "training", flag, undo)
-        for table, found in self._tables:
+        for table, found in self._survey.tables:
             for name, value in found.items():
                 wanted = aliases.get(id(value), value)
                 if table.get(name) is not wanted:
@@ -328,7 +284,7 @@ class Replay:
 _ABSENT = object()
 
 
-def _swap(table: _Table, name: str, value: Any, undo: _Undo) -> None:
+def _swap(table: Table, name: str, value: Any, undo: _Undo) -> None:
     undo.append((table, name, table.get(name, _ABSENT)))
     table[name] = value
 
@@ -341,8 +297,16 @@ def _take_back(undo: _Undo) -> None:
             table[name] = value
 
 
-def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+def run_branch(
+    call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any], memory: Memory | None = None
+) -> Tensor:
     """Calls a branch, and refuses one whose result could not be reversed.
+
+    Args:
+        call: Runs the branch.
+        x: Its input.
+        kwargs: Its extra arguments.
+        memory: What `revcore.remember` in the branch asks; None for that of a branch around it.
 
     Raises:
         TypeError: If the branch returns anything but a tensor.
@@ -350,7 +314,13 @@ def run_branch(call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -
     """
     counted = not x.is_inference()
     before = x._version if counted else 0
-    t = call(x, **kwargs)
+    outer = thread.memory
+    if memory is not None:
+        memory.outer, memory.position, thread.memory = outer, 0, memory
+    try:
+        t = call(x, **kwargs)
+    finally:
+        thread.memory = outer
     if not isinstance(t, Tensor):
         raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
     if counted and x._version != before:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def _constant(method: F) -> F:
     return method
 
 
-class _Reversible(nn.Module, ABC):
+class _Reversible(nn.Module):
     """What a block and a chain share: two directions, reversed or stored, compiled or not.
 
     Attributes:
@@ -135,6 +135,9 @@ class _Reversible(nn.Module, ABC):
     ) -> bool:
         steps, _ = self._plan(len(shapes) - len(names), inverted=inverted)
         return draws(steps, shapes, dtypes, device, names)
+
+
+_OURS = (_Reversible, Coupling)
 
 
 class ReversibleBlock(_Reversible):
@@ -286,7 +289,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
                 "ReversibleBlock(module), or give it a method inverse(y)"
             )
         # 1 is the default, which a block in a chain need not repeat.
-        if _is_ours(module) and module.split_dim not in (1, self.split_dim):
+        if isinstance(module, _OURS) and module.split_dim not in (1, self.split_dim):
             raise ValueError(
                 f"block {name} splits along split_dim={module.split_dim} and the chain along "
                 f"split_dim={self.split_dim}; give the chain split_dim={module.split_dim}"
@@ -309,7 +312,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         # A plain loop, because older Dynamos cannot trace max(..., default=1).
         count = 1
         for block in self:
-            if _is_ours(block) and block.streams > count:
+            if isinstance(block, _OURS) and block.streams > count:
                 count = block.streams
         return count
 
@@ -337,8 +340,9 @@ class ReversibleSequential(_Reversible, nn.Sequential):
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         # Blocks are called, not unrolled, so that their hooks run (FSDP has some).
         for block in self:
-            if _is_ours(block):
-                streams = _several(block(*streams, **kwargs))
+            if isinstance(block, _OURS):
+                found: Tensor | Streams = block(*streams, **kwargs)
+                streams = found if isinstance(found, tuple) else (found,)
             else:
                 step = InvertibleStep(block, len(streams), self.split_dim)
                 streams = run((step,), streams, kwargs)
@@ -346,8 +350,9 @@ class ReversibleSequential(_Reversible, nn.Sequential):
 
     def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
         for block in reversed(list(self)):
-            if _is_ours(block):
-                streams = _several(block.inverse(*streams, **kwargs))
+            if isinstance(block, _OURS):
+                found = block.inverse(*streams, **kwargs)
+                streams = found if isinstance(found, tuple) else (found,)
             else:
                 step = InvertibleStep(block, len(streams), self.split_dim, inverted=True)
                 streams = run((step,), streams, kwargs)
@@ -360,14 +365,6 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
             f"stores={stores!r}"
         )
-
-
-def _is_ours(block: nn.Module) -> TypeGuard[_Reversible | Coupling]:
-    return isinstance(block, (_Reversible, Coupling))
-
-
-def _several(streams: Tensor | Streams) -> Streams:
-    return (streams,) if isinstance(streams, Tensor) else streams
 
 
 def set_reversing(module: M, enabled: bool) -> M:

@@ -84,28 +84,39 @@ class Tape:
         if overlap and is_capturing(outputs[0].device):
             self._side = side_stream(outputs[0].device)
 
-    def differentiate(
-        self, index: int, grads: Gradients, *, retain: bool
-    ) -> Sequence[Tensor | None]:
-        """Takes the gradients of all streams from after step `index` to before it.
+    def differentiate(self, steps: range, grads: Gradients, *, retain: bool) -> list[Tensor | None]:
+        """Takes the gradients of all streams from after some steps to before them.
 
         Args:
-            index: The step.
+            steps: The steps, in the order of the forward pass.
             grads: Gradients of all streams, which are replaced.
             retain: Whether another backward pass may follow, so that what is kept stays.
 
         Returns:
-            Gradients of the leaves of the step's branch.
+            Gradients of the leaves of the steps' branches, from the last step to the first.
 
         Raises:
             RuntimeError: If what the chain kept has been freed or changed in place.
         """
+        found: list[Tensor | None] = []
         if self._side is not None:
-            return self._overlapped(self._side, index, grads, retain=retain)
-        streams = self._seek(index + 1, retain=retain)
-        differentiate = self._rebuild(index, streams)
-        self._cursor = (index, streams)
-        return differentiate(grads)
+            for index in reversed(steps):
+                found += self._overlapped(self._side, index, grads, retain=retain)
+        else:
+            streams = self._seek(steps.stop, retain=retain)
+            for index in reversed(steps):
+                found += self._rebuild(index, streams)(grads)
+            self._cursor = (steps.start, streams)
+        if steps.start == 0:
+            self._cursor = None
+            if not retain:
+                # Nothing needs the tape any more, and the graph may live as long as the loss.
+                self._released = True
+                self.records.clear()
+                self.truth.clear()
+                self.anchors.clear()
+                self._outputs = None
+        return found
 
     def _overlapped(
         self, side: torch.cuda.Stream, index: int, grads: Gradients, *, retain: bool
@@ -174,18 +185,6 @@ class Tape:
             # Handed over, not copied: the outputs' memory is free once both streams moved on.
             self._outputs = None
         return streams
-
-    def leave(self, index: int, *, retain: bool) -> None:
-        """Ends the visit of a node whose first step is `index`."""
-        if index == 0:
-            self._cursor = None
-            if not retain:
-                # Nothing needs the tape any more, and the graph may live as long as the loss.
-                self._released = True
-                self.records.clear()
-                self.truth.clear()
-                self.anchors.clear()
-                self._outputs = None
 
 
 _sides: dict[torch.device, torch.cuda.Stream] = {}

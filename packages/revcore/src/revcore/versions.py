@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from operator import attrgetter
 
 from torch import Tensor
+
+_version: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def version(tensor: Tensor) -> int:
@@ -15,17 +18,18 @@ def version(tensor: Tensor) -> int:
 def versions(tensors: Collection[Tensor]) -> list[int]:
     """Counts the in-place changes of each tensor."""
     try:
-        return [tensor._version for tensor in tensors]
+        return [*map(_version, tensors)]
     except RuntimeError:  # an inference tensor
         return [version(tensor) for tensor in tensors]
 
 
-def storages(tensors: Collection[Tensor]) -> list[int]:
-    """Identifies the memory of each tensor, whoever fills it; of none where there is none."""
+def contents(tensors: Collection[Tensor]) -> list[int]:
+    """Identifies what tensors hold: the version of each, then its memory, whoever fills it."""
     try:
-        return [tensor.untyped_storage()._cdata for tensor in tensors]
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
     except (RuntimeError, NotImplementedError, ValueError):  # wraps others, or is lazy
-        return [0] * len(tensors)
+        storages = [0] * len(tensors)
+    return versions(tensors) + storages
 
 
 def changed(what: str) -> RuntimeError:
