@@ -145,6 +145,29 @@ class DropsByFunction(nn.Linear):
         return nn.functional.dropout(super().forward(x), 0.5, self.training)
 
 
+class Unknown(nn.Module):
+    """Of a class of which revcore does not know that it draws nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x).tanh()
+
+
+def test_batches_of_several_sizes():
+    torch.compiler.reset()
+    couplings = [revcore.AdditiveCoupling(Unknown(), Unknown()) for _ in range(2)]
+    chain = revcore.ReversibleSequential(*couplings, split_dim=-1)
+    compiled = torch.compile(chain, backend="eager", fullgraph=True)
+    for batch in (5, 7, 9):
+        x = torch.randn(batch, 8, requires_grad=True)
+        (ours,) = torch.autograd.grad(compiled(x).square().sum(), x)
+        (theirs,) = torch.autograd.grad(chain(x).square().sum(), x)
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("branch", [drops, lambda: DropsByFunction(4, 4)])
 def test_random_numbers_are_refused_or_left_to_the_eager_engine(branch):
     chain = revcore.ReversibleSequential(revcore.ReversibleBlock(branch())).double()

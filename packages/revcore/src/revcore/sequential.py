@@ -107,8 +107,9 @@ class _Reversible(nn.Module):
         if self.reversing and torch.is_grad_enabled() and not self._draws_nothing():
             names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
             tensors = [*streams, *(kwargs[name] for name in names)]
-            # As numbers, because only constants can be passed.
-            shapes = [[int(size) for size in tensor.shape] for tensor in tensors]
+            # By way of text, because only constants can be passed, and a size that has been another
+            # one before is a symbol, which stays one under int() alone.
+            shapes = [[int(f"{size}") for size in tensor.shape] for tensor in tensors]
             dtypes = [tensor.dtype for tensor in tensors]
             if self._draws(inverted, shapes, dtypes, str(tensors[0].device), names):
                 raise RuntimeError(RANDOM)
