@@ -29,6 +29,8 @@ from revtrain.step import TrainStep
 
 # The first that matches a kernel's name.
 KINDS = {
+    # By their own names, before any other kind.
+    "batch norm with convolution": r"^convolve$|^(activation|matrix)_gradient|^add_up",
     "batch norm": r"batch_?norm|bn_(fw|bw)|welford|^(merge_)?(moments|sums)|^normalize"
     r"|^gradient_sums|^input_gradient",
     "convolution": r"conv|xmma|cutlass|implicit|gemm|wgrad|dgrad|fprop|winograd|sm\d+_",

@@ -165,7 +165,7 @@ def _gradients(
     # A program holds the matrix's gradient: `all_outputs * some` sums.
     some = min(_columns(channels), max(LEAST, 8192 // all_outputs))
     blocks, table = triton.cdiv(channels, some), (outputs + 2) * channels
-    steps, parts = _parts(rows, PROGRAMS // blocks, table)
+    steps, parts = _parts(rows, ROWS, PROGRAMS // blocks, table)
     partial = x.new_empty((parts, table), dtype=torch.float32)
     kernels.gradient_sums[(blocks, parts)](
         *(grad, x, *by, matrix, partial, rows, channels, outputs, steps),
@@ -207,22 +207,24 @@ def _gradients_around(
     rows, product, columns = n * height * width, _product(dtype), _columns(channels)
     sizes = (rows, height, width, channels, outputs)
     blocks, taps = triton.cdiv(channels, columns), kernel_size**2
-    steps, parts = _parts(rows, PROGRAMS_AROUND // blocks, 2 * channels)
+    # Wide tiles of float32 leave a program too few registers.
+    high = 32 if dtype == torch.float32 and columns > LEAST else ROWS
+    steps, parts = _parts(rows, high, PROGRAMS_AROUND // blocks, 2 * channels)
     of_normal = torch.empty_like(x, dtype=dtype)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
     kernels.activation_gradient[(blocks, parts)](
         *(grad, x, *by, matrix, of_normal, partial, *sizes, steps),
-        *(kernel_size, *product, ROWS, columns, _columns(outputs)),
-        num_warps=8 if columns == MOST else 4,
+        *(kernel_size, *product, high, columns, _columns(outputs)),
+        num_warps=8 if high * columns >= ROWS * MOST else 4,
     )
     of_affine = merge_sums(partial, parts, channels)
 
     blocks *= triton.cdiv(outputs, _columns(outputs))
-    steps, parts = _parts(rows, PROGRAMS_AROUND // (taps * blocks), matrix.numel())
+    steps, parts = _parts(rows, high, PROGRAMS_AROUND // (taps * blocks), matrix.numel())
     partial = x.new_empty((parts, matrix.numel()), dtype=torch.float32)
     kernels.matrix_gradient[(taps, parts, blocks)](
         *(grad, x, *by, partial, *sizes, steps),
-        *(kernel_size, *product, ROWS, columns, _columns(outputs)),
+        *(kernel_size, *product, high, columns, _columns(outputs)),
     )
     of_matrix = torch.empty_like(matrix)
     kernels.add_up[(triton.cdiv(matrix.numel(), COLUMNS),)](
@@ -235,9 +237,9 @@ def _gradients_around(
     return out, *of_affine, of_matrix
 
 
-def _parts(rows: int, programs: int, table: int) -> tuple[int, int]:
+def _parts(rows: int, high: int, programs: int, table: int) -> tuple[int, int]:
     """Cuts the rows for the first stage of a sum: tiles of a part, and parts."""
-    tiles = triton.cdiv(rows, ROWS)
+    tiles = triton.cdiv(rows, high)
     steps = triton.cdiv(tiles, max(1, min(tiles, programs, PARTIAL // table)))
     return steps, triton.cdiv(tiles, steps)
 
