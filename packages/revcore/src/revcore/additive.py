@@ -43,14 +43,13 @@ class AdditiveCoupling(Coupling):
 
     def half_steps(self) -> Sequence[HalfStep]:
         steps = super().half_steps()
+        adds = [getattr(type(step.branch), "adds", False) for step in steps]
         # A subclass may combine in another way.
-        if type(self) is not AdditiveCoupling or torch.compiler.is_compiling():
+        if True not in adds or type(self) is not AdditiveCoupling or torch.compiler.is_compiling():
             return steps
         return [
-            AddingStep(self, step.branch, step.target, step.source)
-            if getattr(type(step.branch), "adds", False)
-            else step
-            for step in steps
+            AddingStep(self, step.branch, step.target, step.source) if own else step
+            for step, own in zip(steps, adds, strict=True)
         ]
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
