@@ -198,9 +198,12 @@ def _run_reversed(
         # Gradients are found from the last step to the first, and one that several steps share adds
         # up in that order, as it does where activations are stored.
         leaves = replay.leaves + leaves
-        replay.needs_x = True in [needs[index] for index in step.inputs]
+        for index in step.inputs:
+            if needs[index]:
+                replay.needs_x = True
         for index in step.writes:
-            needs[index] = needs[index] or replay.needs_x or bool(replay.leaves)
+            if replay.needs_x or replay.leaves:
+                needs[index] = True
             if index not in changed:
                 changed.append(index)
     if not tape.records and True not in needs:

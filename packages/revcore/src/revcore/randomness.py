@@ -98,9 +98,9 @@ def get_states(x: Tensor) -> States:
     return [_read(_CPU), _read(x.device)]
 
 
-def moved(before: States, after: States) -> bool:
-    """Tells whether a generator is in another state; both were read one after the other."""
-    return any(one is not two for one, two in zip(before, after, strict=True))
+def _is_either(one: State, two: State) -> bool:
+    """Tells whether a generator is in one of two states, which were read in turn."""
+    return one is two or _content(_get(one.device)) in (two.content, one.content)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -120,18 +120,13 @@ def draw_again(before: States, after: States, run: Callable[[], Tensor], message
     Raises:
         RuntimeError: If it draws other numbers than the first time.
     """
-    outside = [(device, _get(device)) for device, _, _ in before]
+    outside = [(state.device, _get(state.device)) for state in before]
     try:
         for device, state, _ in before:
             _set(device, state)
         t = run()
-        if not moved(before, after):
-            return t
-        for (device, _, first), (_, _, last) in zip(before, after):  # noqa: B905 - of the same
-            # A state that did not move now was moved by another thread then: no harm.
-            if _content(_get(device)) not in (last, first):
-                break
-        else:
+        # A state that did not move now was moved by another thread then: no harm.
+        if all(map(_is_either, before, after)):
             return t
     finally:
         for device, state in outside:

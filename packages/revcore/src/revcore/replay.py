@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any, Protocol
@@ -113,29 +113,38 @@ class Replay(Memory):
                 f"branch {type(step.branch).__name__} has lazy parameters that have no shape "
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
-        with _LOCK, ExitStack() as stack:
-            if self._autocast:
-                stack.enter_context(no_autocast_cache())
-            if not survey.quiet:
-                self._before = get_states(x)
-                if not self._before:
-                    stack.enter_context(RefuseRandomness(_CAPTURING))
-            buffers: list[_Buffer] = [
-                (module, module._buffers, name, value, version(value))
-                for module in survey.buffered
-                for name, value in module._buffers.items()
-                if value is not None
-            ]
-            copies = [buffer[3].clone() for buffer in buffers]
-            t = self._without_gradients(run_branch, x)
-            if self._before:
-                self._after = get_states(x)
-            # A copy is kept of the few buffers that the branch has changed, to run it from there.
-            moved = [b[1].get(b[2]) is not b[3] or version(b[3]) != b[4] for b in buffers]
-            self._buffers = [b for b, m in zip(buffers, moved, strict=True) if not m]
-            self._copies = [
-                (b[1], b[2], copy) for b, copy, m in zip(buffers, copies, moved, strict=True) if m
-            ]
+        with _LOCK, no_autocast_cache() if self._autocast else _AS_IT_IS:
+            if survey.buffered:
+                return self._run_from_copies(x)
+            return self._draw(x)
+
+    def _draw(self, x: Tensor) -> Tensor:
+        """Runs the branch, and notes the random generators before it and after it."""
+        if self._survey.quiet:
+            return self._without_gradients(run_branch, x)
+        self._before = get_states(x)
+        if not self._before:
+            with RefuseRandomness(_CAPTURING):
+                return self._without_gradients(run_branch, x)
+        t = self._without_gradients(run_branch, x)
+        self._after = get_states(x)
+        return t
+
+    def _run_from_copies(self, x: Tensor) -> Tensor:
+        """Runs the branch, and keeps a copy of the buffers that it has changed."""
+        buffers: list[_Buffer] = [
+            (module, module._buffers, name, value, version(value))
+            for module in self._survey.buffered
+            for name, value in module._buffers.items()
+            if value is not None
+        ]
+        copies = [buffer[3].clone() for buffer in buffers]
+        t = self._draw(x)
+        moved = [b[1].get(b[2]) is not b[3] or version(b[3]) != b[4] for b in buffers]
+        self._buffers = [b for b, m in zip(buffers, moved, strict=True) if not m]
+        self._copies = [
+            (b[1], b[2], copy) for b, copy, m in zip(buffers, copies, moved, strict=True) if m
+        ]
         return t
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:

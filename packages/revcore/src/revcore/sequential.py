@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
@@ -139,6 +141,14 @@ class _Reversible(nn.Module):
 
 
 _OURS = (_Reversible, Coupling)
+
+# A node of autograd takes some ten microseconds, which show where kernels are small, so several
+# blocks share one. It holds the gradients of its streams and parameters until it is done, which
+# would show where streams are large.
+_STEPS_AT_ONCE = 8
+_SMALL = 2**24  # bytes of all streams
+
+_nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
 
 
 class ReversibleBlock(_Reversible):
@@ -339,25 +349,35 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         return steps, kept
 
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        # Blocks are called, not unrolled, so that their hooks run (FSDP has some).
-        for block in self:
-            if isinstance(block, _OURS):
-                found: Tensor | Streams = block(*streams, **kwargs)
-                streams = found if isinstance(found, tuple) else (found,)
-            else:
-                step = InvertibleStep(block, len(streams), self.split_dim)
-                streams = run((step,), streams, kwargs)
-        return streams
+        return self._run(streams, kwargs, inverted=False)
 
     def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        for block in reversed(list(self)):
-            if isinstance(block, _OURS):
-                found = block.inverse(*streams, **kwargs)
+        return self._run(streams, kwargs, inverted=True)
+
+    def _run(self, streams: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Streams:
+        blocks: list[Any] = list(self)
+        if inverted:
+            blocks.reverse()
+        at_once = _STEPS_AT_ONCE if sum(map(_nbytes, streams)) <= _SMALL else 1
+        steps: list[Step] = []
+        for block in blocks:
+            coupling = _coupling_of(block)
+            kept = coupling is not None and _keeps(block, inverted=inverted)
+            # With a node of its own for the last block, the peak is the same at any depth: only
+            # the first gradients may take no memory, as those of a sum.
+            if steps and (coupling is None or kept or len(steps) >= at_once or block is blocks[-1]):
+                streams, steps = run(steps, streams, kwargs), []
+            if coupling is not None:
+                if kept:
+                    keep(streams)
+                steps += coupling.inverse_half_steps() if inverted else coupling.half_steps()
+            elif isinstance(block, _OURS):
+                found: Tensor | Streams = (block.inverse if inverted else block)(*streams, **kwargs)
                 streams = found if isinstance(found, tuple) else (found,)
             else:
-                step = InvertibleStep(block, len(streams), self.split_dim, inverted=True)
+                step = InvertibleStep(block, len(streams), self.split_dim, inverted=inverted)
                 streams = run((step,), streams, kwargs)
-        return streams
+        return run(steps, streams, kwargs) if steps else streams
 
     def extra_repr(self) -> str:
         kept = sum(bool(getattr(block, "keep_input", False)) for block in self)
@@ -366,6 +386,28 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
             f"stores={stores!r}"
         )
+
+
+def _keeps(block: Any, *, inverted: bool) -> bool:
+    return bool(block.keep_input_inverse if inverted else block.keep_input)
+
+
+def _coupling_of(block: nn.Module) -> Coupling | None:
+    """Returns the coupling of a block that nobody would see being called, else None."""
+    # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
+    if (
+        type(block) is not ReversibleBlock
+        or block._forward_hooks
+        or block._forward_pre_hooks
+        or block._backward_hooks
+        or block._backward_pre_hooks
+        or block._compiled_call_impl is not None  # type: ignore[truthy-function]
+        or "forward" in block.__dict__
+        or _has_any_global_hook()
+    ):
+        return None
+    coupling: Coupling = block._modules["coupling"]  # type: ignore[assignment]
+    return coupling
 
 
 def set_reversing(module: M, enabled: bool) -> M:

@@ -105,8 +105,9 @@ class Survey:
         if self.lasts:
             self._types = [*map(type, modules)]
             self._owned = [(m.__dict__, m._modules, m._parameters) for m in modules]
-            self._inner = [module._modules for module in modules if module._modules]
-            self._inner_values = [value for table in self._inner for value in table.values()]
+            inner = [module._modules for module in modules if module._modules]
+            self._all = inner + self._parameters
+            self._all_values = [value for table in self._all for value in table.values()]
             tables = [
                 (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
                 for m in modules
@@ -120,11 +121,10 @@ class Survey:
         for own, inner, parameters in self._owned:
             if own["_modules"] is not inner or own["_parameters"] is not parameters:
                 return False
-        return (
-            needs_of(self.tensors) == self.needed
-            and _same(self._inner, self._inner_values)
-            and self.is_as_it_was()
-        )
+        for module, flag in self.flags:
+            if module.training is not flag:
+                return False
+        return _same(self._all, self._all_values) and needs_of(self.tensors) == self.needed
 
     def is_as_it_was(self) -> bool:
         """Tells whether modules have the training flags and the parameters that they had."""
