@@ -2,8 +2,8 @@
 
     python benchmarks/normalized_conv.py --output FILE.json
 
-Times them for each shape that they have in a branch of bottlenecks: "first" is the convolution that
-reads a float32 stream, "middle" the 3x3 one, "last" the one that adds its result to a stream.
+Times them for each shape that they have in the branches of RevNet-164 and RevNet-38: "first" is the
+convolution that reads a float32 stream, "last" the one that adds its result to a stream.
 "passes" has normalization and ReLU in the kernels of `revmodels.passes` and torch's convolution,
 "fused" the kernels of `revmodels.conv_passes`. Each is captured in a CUDA graph that goes over
 several batches, more than a GPU's cache holds. Needs CUDA.
@@ -28,17 +28,23 @@ from revtrain.files import write_json
 from revtrain.launch import make_accelerator
 from revtrain.provenance import provenance
 
-# Channels of the input and the output, and side of the image; of RevNet-164.
+# Channels of the input and the output, and side of the image.
+BOTTLENECKS = {
+    ("first", 1): [(64, 16, 32), (128, 32, 16), (256, 64, 8)],
+    ("middle", 3): [(16, 16, 32), (32, 32, 16), (64, 64, 8)],
+    ("last", 1): [(16, 64, 32), (32, 128, 16), (64, 256, 8)],
+}
+_BASIC = [(16, 16, 32), (32, 32, 16), (56, 56, 8)]
 SHAPES = {
-    "first": [(64, 16, 32), (128, 32, 16), (256, 64, 8)],
-    "middle": [(16, 16, 32), (32, 32, 16), (64, 64, 8)],
-    "last": [(16, 64, 32), (32, 128, 16), (64, 256, 8)],
+    "revnet164": BOTTLENECKS,
+    "revnet38": {("first", 3): _BASIC, ("last", 3): _BASIC},
 }
 _BYTES = 120e6  # of batches that a graph goes over: more than the cache of an H100
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nets", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--precision", nargs="+", default=["bf16", "no"], choices=["no", "bf16"])
     parser.add_argument("--output", type=Path, required=True)
@@ -47,14 +53,15 @@ def main() -> None:
         parser.error("there is no CUDA device, whose kernels could be timed")
     rows = []
     for precision in arguments.precision:
-        for place, shapes in SHAPES.items():
-            for channels, outputs, side in shapes:
-                shape = (arguments.batch_size, channels, side, side)
-                layer = Layer(shape, outputs, place, precision)
-                rows.append(layer.measure())
-                show(rows[-1])
+        for net in arguments.nets:
+            for (place, size), shapes in SHAPES[net].items():
+                for channels, outputs, side in shapes:
+                    shape = (arguments.batch_size, channels, side, side)
+                    layer = Layer(shape, outputs, place, size, precision)
+                    rows.append(layer.measure())
+                    show(rows[-1])
     record = {
-        "question": "What do BatchNorm, ReLU and a 1x1 convolution cost?",
+        "question": "What do BatchNorm, ReLU and a convolution cost?",
         "microseconds": rows,
     }
     write_json(
@@ -66,13 +73,12 @@ class Layer:
     """One normalization with its convolution, and batches for it."""
 
     def __init__(
-        self, shape: tuple[int, int, int, int], outputs: int, place: str, precision: str
+        self, shape: tuple[int, int, int, int], outputs: int, place: str, size: int, precision: str
     ) -> None:
         batch, channels, side, _ = shape
         self.place, self.precision, half = place, precision, precision == "bf16"
         self.dtype = torch.bfloat16 if half else torch.float32
         self.norm = nn.BatchNorm2d(channels)
-        size = 3 if place == "middle" else 1
         self.conv = nn.Conv2d(channels, outputs, size, padding=size // 2, bias=False)
         nn.Sequential(self.norm, self.conv).to("cuda", memory_format=torch.channels_last)
         self.conv.to(self.dtype)  # as revtrain casts the weights of a step
@@ -123,6 +129,7 @@ class Layer:
     def measure(self) -> dict[str, Any]:
         row: dict[str, Any] = {
             "place": self.place,
+            "kernel_size": self.conv.kernel_size[0],
             "precision": self.precision,
             "shape": self.shape,
         }
@@ -161,7 +168,7 @@ def images(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def show(row: dict[str, Any]) -> None:
-    print(row["precision"], row["place"], row["shape"])
+    print(row["precision"], row["place"], row["kernel_size"], row["shape"])
     for kind in ("plain", "passes", "fused"):
         print(f"  {kind}", {name: round(value, 1) for name, value in row[kind].items()})
 

@@ -22,15 +22,15 @@ pytest.importorskip("numpy", reason="Triton's interpreter needs it")
 SHAPES = [
     ((3, 16, 9, 7), 64, 1),
     ((2, 64, 8, 8), 16, 1),
-    ((2, 3, 4, 4), 5, 1),
-    ((5, 70, 6, 6), 100, 1),
+    ((2, 8, 4, 4), 24, 1),
+    ((5, 72, 6, 6), 104, 1),
     ((2, 24, 5, 5), 200, 1),
-    ((1, 1, 2, 3), 1, 1),
+    ((1, 8, 2, 3), 8, 1),
     ((3, 16, 9, 7), 16, 3),
     ((2, 32, 8, 8), 64, 3),
-    ((2, 3, 4, 5), 7, 3),
-    ((5, 56, 6, 6), 33, 3),
-    ((1, 1, 2, 3), 1, 3),
+    ((2, 8, 4, 5), 24, 3),
+    ((5, 56, 6, 6), 40, 3),
+    ((1, 8, 2, 3), 8, 3),
 ]
 
 
@@ -219,6 +219,7 @@ def with_conv(outputs=16, **kwargs):
         with_conv(kernel_size=1, padding=1, bias=False),
         with_conv(kernel_size=1, groups=2, bias=False),
         lambda layers: nn.Sequential(layers[0], nn.utils.parametrizations.weight_norm(layers[1])),
+        with_conv(outputs=12, kernel_size=1, bias=False),
         with_conv(outputs=512, kernel_size=1, bias=False),
         with_conv(outputs=128, kernel_size=3, padding=1, bias=False),
     ],
@@ -229,6 +230,13 @@ def test_whatever_the_kernels_cannot_do_runs_as_it_is(device, products, change):
     y = norm_relu_conv(*layers, x)
     assert not products["convolve"]
     assert relative_error(y, plain(twin, x)) < 1e-6
+
+
+def test_channels_that_are_no_eights_run_as_they_are(device, products):
+    layers, x = make_layers(12, 8, device), batch(2, 12, 4, 4, device=device)
+    twin = copy.deepcopy(layers)
+    assert relative_error(norm_relu_conv(*layers, x), plain(twin, x)) < 1e-6
+    assert not products["convolve"]
 
 
 def test_kernels_that_do_not_work_are_not_used(device, monkeypatch):
@@ -250,9 +258,9 @@ CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
 
 def make_chain(device, kind="bottleneck", depth=2):
     torch.manual_seed(0)
-    inner = 4 if kind == "bottleneck" else 16
+    inner = 8 if kind == "bottleneck" else 32
     couplings = [
-        revcore.AdditiveCoupling(*(make_branch(kind, 16, inner) for _ in "fg"))
+        revcore.AdditiveCoupling(*(make_branch(kind, 32, inner) for _ in "fg"))
         for _ in range(depth)
     ]
     chain = revcore.ReversibleSequential(*couplings)
@@ -273,7 +281,7 @@ def run(chain, x, dtype=None):
 @pytest.mark.parametrize("kind", list(CONVOLUTIONS))
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_chain_reversed_stored_and_without_kernels(device, products, dtype, kind):
-    x = batch(3, 32, 4, 4, device=device)
+    x = batch(3, 64, 4, 4, device=device)
     reversed_chain = make_chain(device, kind)
     stored = revcore.set_reversing(copy.deepcopy(reversed_chain), False)
     unfused = revmodels.set_fused(copy.deepcopy(stored), False)
@@ -301,7 +309,7 @@ def test_a_chain_reversed_stored_and_without_kernels(device, products, dtype, ki
 
 
 def test_the_inverse(device, products):
-    chain, x = make_chain(device), batch(3, 32, 4, 4, device=device)
+    chain, x = make_chain(device), batch(3, 64, 4, 4, device=device)
     chain(x)
     chain.eval()
     products["convolve"].clear()
@@ -359,7 +367,7 @@ def doubling(chain):
 
 @pytest.mark.parametrize("change", [twice, hooked, wrapped, doubling])
 def test_a_stream_is_not_for_results_that_something_changes(device, products, change):
-    x, chain = batch(2, 32, 4, 4, device=device), make_chain(device)
+    x, chain = batch(2, 64, 4, 4, device=device), make_chain(device)
     change(chain)
     unfused = revmodels.set_fused(revcore.set_reversing(copy.deepcopy(chain), False), False)
     ours = run(chain, x)

@@ -70,6 +70,8 @@ def row_stride(x: Tensor) -> int | None:
 
 def can_convolve(channels: int, outputs: int, kernel_size: int) -> bool:
     """Tells whether there are kernels for a convolution of stride 1 that keeps the image's size."""
+    if channels % 8 or outputs % 8:
+        return False
     if kernel_size == 1:
         return outputs <= MOST_OUTPUTS
     return kernel_size == 3 and max(channels, outputs) <= MOST_AROUND
@@ -117,7 +119,7 @@ def convolve(
     columns = _columns(outputs)
     kernels.convolve[(triton.cdiv(outputs, columns), triton.cdiv(rows, ROWS))](
         *(x, *by, matrix, added, out),
-        *(rows, height, width, channels, outputs, apart, sign),
+        *(rows, height, width, channels // 8, outputs // 8, apart, sign),
         *(matrix.shape[-1], base is not None, *_product(dtype), ROWS, _columns(channels), columns),
     )
     return out
@@ -168,7 +170,7 @@ def _gradients(
     steps, parts = _parts(rows, ROWS, PROGRAMS // blocks, table)
     partial = x.new_empty((parts, table), dtype=torch.float32)
     kernels.gradient_sums[(blocks, parts)](
-        *(grad, x, *by, matrix, partial, rows, channels, outputs, steps),
+        *(grad, x, *by, matrix, partial, rows, channels // 8, outputs // 8, steps),
         *(*product, ROWS, some, all_outputs),
         num_warps=4 if all_outputs * some <= 2048 else 8,
     )
@@ -185,7 +187,7 @@ def _gradients(
     columns = _columns(channels)
     kernels.input_gradient[(triton.cdiv(channels, columns), triton.cdiv(rows, ROWS))](
         *(grad, x, *by, matrix, grad_bias, grad_weight, added, out),
-        *(rows, channels, outputs, apart, 1 / rows),
+        *(rows, channels // 8, outputs // 8, apart, 1 / rows),
         *(base is not None, *product, ROWS, columns, _columns(outputs)),
     )
     return out, grad_weight, grad_bias, of_matrix
@@ -205,7 +207,7 @@ def _gradients_around(
     n, channels, height, width = x.shape
     outputs, kernel_size = matrix.shape[0], matrix.shape[-1]
     rows, product, columns = n * height * width, _product(dtype), _columns(channels)
-    sizes = (rows, height, width, channels, outputs)
+    sizes = (rows, height, width, channels // 8, outputs // 8)
     blocks, taps = triton.cdiv(channels, columns), kernel_size**2
     # Wide tiles of float32 leave a program too few registers.
     high = 32 if dtype == torch.float32 and columns > LEAST else ROWS
