@@ -188,16 +188,12 @@ def _run_reversed(
 ) -> bool:
     """Runs steps as a node, if anything before their end needs a gradient."""
     records: list[tuple[Step, Replay]] = []
-    leaves: list[Tensor] = []
     changed: list[int] = []
     needs = [stream.requires_grad for stream in streams]
     for step in steps:
         replay = Replay(step, call.surveys.get(call.surveyed, step.branch), kwargs)
         call.surveyed += 1
         records.append((step, replay))
-        # Gradients are found from the last step to the first, and one that several steps share adds
-        # up in that order, as it does where activations are stored.
-        leaves = replay.leaves + leaves
         for index in step.inputs:
             if needs[index]:
                 replay.needs_x = True
@@ -211,6 +207,9 @@ def _run_reversed(
         # input that was kept there is not that of the first step on the tape.
         tape.anchors.clear()
         return False
+    # Gradients are found from the last step to the first, and one that several steps share adds up
+    # in that order, as it does where activations are stored.
+    leaves = [leaf for _, replay in reversed(records) for leaf in replay.leaves]
     plan = _Plan(call, tape, streams.copy(), records, changed)
     outputs = _StepsNode.apply(plan, *streams, *leaves)
     for index, output in zip(changed, outputs):  # noqa: B905 - log-determinants may follow

@@ -231,7 +231,8 @@ class Replay(Memory):
         aliases: Mapping[int, Tensor] = _NOTHING,
     ) -> Tensor:
         self.again = True
-        self._refuse_changes()
+        if self._buffers or contents(self._tensors) != self._contents:
+            self._refuse_changes()
         usual = not (aliases or self._buffers or self._copies) and self._survey.is_as_it_was()
         cast = self._autocast or torch._C._is_any_autocast_enabled()
         if usual and not self._survey.norms and not self._before and not cast:

@@ -145,7 +145,7 @@ _OURS = (_Reversible, Coupling)
 # A node of autograd takes some ten microseconds, which show where kernels are small, so several
 # blocks share one. It holds the gradients of its streams and parameters until it is done, which
 # would show where streams are large.
-_STEPS_AT_ONCE = 8
+_STEPS_AT_ONCE = 16
 _SMALL = 2**24  # bytes of all streams
 
 _nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
@@ -359,9 +359,10 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         if inverted:
             blocks.reverse()
         at_once = _STEPS_AT_ONCE if sum(map(_nbytes, streams)) <= _SMALL else 1
+        hooked = _has_any_global_hook()
         steps: list[Step] = []
         for block in blocks:
-            coupling = _coupling_of(block)
+            coupling = None if hooked else _coupling_of(block)
             kept = coupling is not None and _keeps(block, inverted=inverted)
             # With a node of its own for the last block, the peak is the same at any depth: only
             # the first gradients may take no memory, as those of a sum.
@@ -403,7 +404,6 @@ def _coupling_of(block: nn.Module) -> Coupling | None:
         or block._backward_pre_hooks
         or block._compiled_call_impl is not None  # type: ignore[truthy-function]
         or "forward" in block.__dict__
-        or _has_any_global_hook()
     ):
         return None
     coupling: Coupling = block._modules["coupling"]  # type: ignore[assignment]
