@@ -30,13 +30,26 @@ def wide_input(device):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_memory_is_constant_in_depth(scheme, device):
+def test_memory_is_constant_in_depth(scheme, device, monkeypatch):
+    monkeypatch.setattr("revcore.sequential._SMALL", 0)  # a node for each block
     x = wide_input(device)
     shallow = activations(chain_of_depth(4, scheme, device), x)
     deep = activations(chain_of_depth(64, scheme, device), x)
     assert shallow == deep
     # What stays after forward is the joined output, and nothing beside it.
     assert deep[0] == x.nbytes
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_that_share_a_node_hold_gradients_a_little_longer(scheme, device):
+    x = wide_input(device)
+    chain = chain_of_depth(64, scheme, device)
+    after_forward, shallow = activations(chain_of_depth(2, scheme, device), x)
+    assert activations(chain_of_depth(9, scheme, device), x)[0] == after_forward == x.nbytes
+    nine = activations(chain_of_depth(9, scheme, device), x)[1]
+    parameters = sum(parameter.nbytes for parameter in chain[:8].parameters())
+    assert nine <= shallow + parameters + x.nbytes // 2
+    assert activations(chain, x) == (after_forward, nine)
 
 
 def test_a_block_alone_saves_memory(device):

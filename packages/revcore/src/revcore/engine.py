@@ -1,10 +1,10 @@
-"""The eager engine: one autograd node per block.
+"""The eager engine: one autograd node for a block, or for some.
 
 A node has the streams and the parameters of the branches as inputs, and the new streams as output.
 It saves nothing. Its backward takes the steps from the last to the first: it asks the tape for the
 streams after the step, runs the branch once more with gradients on, reconstructs the old target
 from that same run, and differentiates: forward 1 + recompute 1 + backward 2, that is 4/3 of a step
-that stores its activations. Autograd's order guarantees that later blocks come first.
+that stores its activations. Autograd's order guarantees that later nodes come first.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch._compile import _disable_dynamo
 
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
-from revcore.replay import Replay, run_branch
+from revcore.replay import Replay, Seen, run_branch
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
-from revcore.survey import Surveys
+from revcore.survey import Groups
 from revcore.tape import Tape
 from revcore.versions import versions
 
@@ -33,8 +33,8 @@ class _Call:
     """One forward call of a chain, or of a block or coupling alone.
 
     Attributes:
-        surveys: Those of the container's branches.
-        surveyed: How many of them this call has come to.
+        groups: Those of the container's branches.
+        branches: How many of them this call has come to.
         watch: Keeps the call on its grid.
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
@@ -43,10 +43,10 @@ class _Call:
     """
 
     def __init__(
-        self, tape: Tape | None, surveys: Surveys | None = None, *, measures: bool = False
+        self, tape: Tape | None, groups: Groups | None = None, *, measures: bool = False
     ) -> None:
-        self.surveys = Surveys() if surveys is None else surveys
-        self.surveyed = 0
+        self.groups = Groups() if groups is None else groups
+        self.branches = 0
         self.measures = measures
         self.log_dets: list[Tensor] = []
         self.watch = GridWatch()
@@ -160,12 +160,10 @@ def _run(
         if not stream.is_contiguous():
             current[index] = dense(stream)
     try:
-        if call.tape is None or not _run_reversed(call, call.tape, steps, current, kwargs):
-            run = _run_stored if call.tape is None else _run_frozen
-            for step in steps:
-                step.apply(partial(run, step, kwargs), current)
-                if step.grid is not None:
-                    call.watch.note([current[index] for index in step.writes])
+        if call.tape is None:
+            _run_each(_run_stored, call, steps, current, kwargs)
+        else:
+            _run_reversed(call, call.tape, steps, current, kwargs)
     except IndexError:
         most = max(index for step in steps for index in (*step.inputs, *step.writes))
         if most < len(streams):
@@ -185,28 +183,36 @@ def _run_reversed(
     steps: Sequence[Step],
     streams: list[Tensor],
     kwargs: Mapping[str, Any],
-) -> bool:
-    """Runs steps as a node, if anything before their end needs a gradient."""
+) -> None:
+    """Runs steps as a node, from the first that needs a gradient."""
     records: list[tuple[Step, Replay]] = []
     changed: list[int] = []
     needs = [stream.requires_grad for stream in streams]
-    for step in steps:
-        replay = Replay(step, call.surveys.get(call.surveyed, step.branch), kwargs)
-        call.surveyed += 1
-        records.append((step, replay))
-        for index in step.inputs:
-            if needs[index]:
-                replay.needs_x = True
+    group = call.groups.get(call.branches, [step.branch for step in steps])
+    call.branches += len(steps)
+    seen = Seen(group, kwargs)
+    for step, survey in zip(steps, group.surveys, strict=True):
+        replay = Replay(step, survey, seen, kwargs)
+        replay.needs_x = True in map(needs.__getitem__, step.inputs)
         for index in step.writes:
             if replay.needs_x or replay.leaves:
                 needs[index] = True
             if index not in changed:
                 changed.append(index)
-    if not tape.records and True not in needs:
+        if tape.records or True in needs:
+            records.append((step, replay))
+        else:
+            changed.clear()
+    if len(records) < len(steps):
         # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it; an
         # input that was kept there is not that of the first step on the tape.
         tape.anchors.clear()
-        return False
+        count = len(streams)
+        _run_each(_run_frozen, call, steps[: len(steps) - len(records)], streams, kwargs)
+        call.log_dets += streams[count:]
+        del streams[count:]
+    if not records:
+        return
     # Gradients are found from the last step to the first, and one that several steps share adds up
     # in that order, as it does where activations are stored.
     leaves = [leaf for _, replay in reversed(records) for leaf in replay.leaves]
@@ -215,7 +221,20 @@ def _run_reversed(
     for index, output in zip(changed, outputs):  # noqa: B905 - log-determinants may follow
         streams[index] = output
     streams += outputs[len(changed) :]
-    return True
+
+
+def _run_each(
+    run: Callable[..., Tensor],
+    call: _Call,
+    steps: Sequence[Step],
+    streams: list[Tensor],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Runs steps without a node."""
+    for step in steps:
+        step.apply(partial(run, step, kwargs), streams)
+        if step.grid is not None:
+            call.watch.note([streams[index] for index in step.writes])
 
 
 def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
@@ -302,8 +321,8 @@ def _reverse_alone(
     split_dim = container.split_dim
     tape = Tape() if container.reversing and can_reverse() else None
     # Not by setattr, which takes longer for a module.
-    surveys = vars(container).setdefault("_surveys", Surveys())
-    call = _thread.call = _Call(tape, surveys, measures=container.log_det)
+    groups = Groups(vars(container).get("_groups"))
+    call = _thread.call = _Call(tape, groups, measures=container.log_det)
     try:
         call.expect(streams)
         outputs = body(*streams, **kwargs)
@@ -312,6 +331,9 @@ def _reverse_alone(
         outputs = call.watch.close(outputs)
     finally:
         _thread.call = None
+    if tape is not None:
+        groups.close()
+        vars(container)["_groups"] = groups
     y = join(x, outputs, split_dim)
     if tape is not None and isinstance(y, Tensor):
         # The joined output is what the next layer keeps: keep views, not the parts beside it.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from revcore.engine import can_reverse
-from revcore.replay import Replay
-from revcore.survey import Survey
+from revcore.replay import Replay, Seen
+from revcore.survey import Group
 from revcore.tape import Saved
 
 _SECOND_TIME = (
@@ -84,7 +84,8 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         torch.Size([3, 4])
     """
     if not torch.compiler.is_compiling() and can_reverse():
-        replay = Replay(_Part(module, module), Survey(module), kwargs)
+        group = Group([module])
+        replay = Replay(_Part(module, module), group.surveys[0], Seen(group, kwargs), kwargs)
         replay.needs_x = x.requires_grad
         if replay.needs_x or replay.leaves:
             node: Tensor = _RecomputeNode.apply(replay, x, *replay.leaves)

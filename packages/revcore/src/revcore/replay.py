@@ -27,7 +27,7 @@ from revcore.graph import differentiate
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
 from revcore.remember import Memory, thread
 from revcore.step import Pullback
-from revcore.survey import Survey, Table, needs_of
+from revcore.survey import Group, Survey, Table, needs_of
 from revcore.versions import changed, contents, version
 
 # Random generators, buffers and training flags belong to the process or to the module, not to a
@@ -62,15 +62,65 @@ class Runs(Protocol):
     def grid(self) -> int | None: ...
 
 
+class Seen:
+    """What some branches are made of when they run first, one after the other.
+
+    Args:
+        group: The branches.
+        kwargs: Extra keyword arguments for them.
+
+    Attributes:
+        same: Whether all is as it was, while somebody knows it; None otherwise.
+    """
+
+    same: bool | None = None
+
+    def __init__(self, group: Group, kwargs: Mapping[str, Any]) -> None:
+        self._group = group
+        self._kwargs = kwargs
+        self._tensors = group.tensors
+        if kwargs:
+            self._tensors = [*group.tensors, *tensors_of(kwargs)]
+        self._contents = contents(self._tensors)
+
+    def look(self) -> bool:
+        """Tells whether the modules are as they were.
+
+        Raises:
+            RuntimeError: If a parameter or an argument was changed in place.
+        """
+        now = contents(self._tensors)
+        if now != self._contents:
+            changes = zip(self._tensors * 2, now, self._contents, strict=True)
+            raise changed(self._name(next(tensor for tensor, a, b in changes if a != b)))
+        return self._group.is_as_it_was()
+
+    def _name(self, tensor: Tensor) -> str:
+        for module in self._group.modules:
+            for name, value in module._parameters.items():
+                if value is tensor:
+                    return f"parameter {name!r} of {type(module).__name__}"
+        names = [name for name, value in self._kwargs.items() if value is tensor]
+        branches = {type(branch).__name__ for branch in self._group.branches}
+        return f"argument {names[0]!r}" if names else f"a tensor of {' or '.join(sorted(branches))}"
+
+
+def tensors_of(kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Lists the tensors among arguments."""
+    return [value for value in kwargs.values() if isinstance(value, Tensor)]
+
+
 class Replay(Memory):
     """The first run of one branch on one input, and the means to repeat it.
 
     Args:
         step: Says what is run, and how.
         survey: What its branch is made of now.
+        seen: The same, of all branches of its node.
         kwargs: Extra keyword arguments for the branch.
 
     Attributes:
+        seen: See above.
         leaves: The tensors beside the input that the branch must give a gradient.
         needs_x: Whether the branch must give its input one.
     """
@@ -81,19 +131,18 @@ class Replay(Memory):
     _buffers: Sequence[_Buffer] = ()
     _copies: Sequence[tuple[Table, str, Tensor]] = ()
 
-    def __init__(self, step: Runs, survey: Survey, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, step: Runs, survey: Survey, seen: Seen, kwargs: Mapping[str, Any]) -> None:
         self._step = step
         self._survey = survey
+        self.seen = seen
         self._kwargs = kwargs
         self._tensors, self._needed, self.leaves = survey.tensors, survey.needed, survey.leaves
         self._plain = survey.plain
         if kwargs:
-            more = [value for value in kwargs.values() if isinstance(value, Tensor)]
-            self._tensors = list(dict.fromkeys(self._tensors + more))
+            self._tensors = list(dict.fromkeys(self._tensors + tensors_of(kwargs)))
             self._needed = needs_of(self._tensors)
             self._plain = False
             self.leaves = [tensor for tensor in self._tensors if tensor.requires_grad]
-        self._contents = contents(self._tensors)
 
     def first_run(self, x: Tensor) -> Tensor:
         """Runs the branch as any module is run, and notes what it sees.
@@ -231,9 +280,10 @@ class Replay(Memory):
         aliases: Mapping[int, Tensor] = _NOTHING,
     ) -> Tensor:
         self.again = True
-        if self._buffers or contents(self._tensors) != self._contents:
+        same = self.seen.look() if self.seen.same is None else self.seen.same
+        if self._buffers:
             self._refuse_changes()
-        usual = not (aliases or self._buffers or self._copies) and self._survey.is_as_it_was()
+        usual = same and not (aliases or self._buffers or self._copies)
         cast = self._autocast or torch._C._is_any_autocast_enabled()
         if usual and not self._survey.norms and not self._before and not cast:
             return run_branch(call, x, kwargs, memory)
@@ -254,24 +304,10 @@ class Replay(Memory):
                 _take_back(undo)
 
     def _refuse_changes(self) -> None:
-        """Raises if a parameter, a buffer or an argument was changed in place."""
-        now = contents(self._tensors)
-        if now != self._contents:
-            changes = zip(self._tensors * 2, now, self._contents, strict=True)
-            raise changed(self._name(next(tensor for tensor, a, b in changes if a != b)))
+        """Raises if a buffer was changed in place."""
         for module, _, name, value, count in self._buffers:
             if version(value) != count:
                 raise changed(f"buffer {name!r} of {type(module).__name__}")
-
-    def _name(self, tensor: Tensor) -> str:
-        for module in self._survey.modules:
-            for name, value in module._parameters.items():
-                if value is tensor:
-                    return f"parameter {name!r} of {type(module).__name__}"
-        names = [name for name, value in self._kwargs.items() if value is tensor]
-        return (
-            f"argument {names[0]!r}" if names else f"a tensor of {type(self._step.branch).__name__}"
-        )
 
     def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
         """Makes the branch's modules what they were; `undo` gets what they are now."""

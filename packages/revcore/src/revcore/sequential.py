@@ -146,7 +146,7 @@ _OURS = (_Reversible, Coupling)
 # blocks share one. It holds the gradients of its streams and parameters until it is done, which
 # would show where streams are large.
 _STEPS_AT_ONCE = 16
-_SMALL = 2**24  # bytes of all streams
+_SMALL = 2**23  # bytes of all streams
 
 _nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
 
@@ -363,7 +363,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         steps: list[Step] = []
         for block in blocks:
             coupling = None if hooked else _coupling_of(block)
-            kept = coupling is not None and _keeps(block, inverted=inverted)
+            kept = coupling not in (None, block) and _keeps(block, inverted=inverted)
             # With a node of its own for the last block, the peak is the same at any depth: only
             # the first gradients may take no memory, as those of a sum.
             if steps and (coupling is None or kept or len(steps) >= at_once or block is blocks[-1]):
@@ -397,17 +397,25 @@ def _coupling_of(block: nn.Module) -> Coupling | None:
     """Returns the coupling of a block that nobody would see being called, else None."""
     # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
     if (
-        type(block) is not ReversibleBlock
-        or block._forward_hooks
+        block._forward_hooks
         or block._forward_pre_hooks
         or block._backward_hooks
         or block._backward_pre_hooks
-        or block._compiled_call_impl is not None  # type: ignore[truthy-function]
+        or block._compiled_call_impl is not None
         or "forward" in block.__dict__
     ):
         return None
-    coupling: Coupling = block._modules["coupling"]  # type: ignore[assignment]
-    return coupling
+    kind: Any = type(block)
+    if kind is ReversibleBlock:
+        coupling: Any = block._modules["coupling"]  # faster than block.coupling
+        return coupling  # type: ignore[no-any-return]
+    if (
+        isinstance(block, Coupling)
+        and kind.forward is Coupling.forward
+        and kind.inverse is Coupling.inverse
+    ):
+        return block
+    return None
 
 
 def set_reversing(module: M, enabled: bool) -> M:

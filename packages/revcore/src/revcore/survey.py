@@ -7,7 +7,7 @@ same does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
@@ -59,6 +59,7 @@ class Survey:
         quiet: Whether the modules are known to draw no random numbers.
         lazy: Whether a parameter has no shape yet.
         simple: Whether a first run has to note nothing but autocast.
+        lasts: Whether the survey may be kept until the next call.
         walked: How many nodes the last graph of the branch had, and how many leaves it was allowed.
     """
 
@@ -96,66 +97,99 @@ class Survey:
         self.quiet = draw_nothing(modules)
         self.lazy = any(map(is_lazy, self.tensors))
         self.simple = self.quiet and not self.buffered and not self.lazy
-        self._parameters = [table for table, _ in self.tables]
-        self._values = [value for _, found in self.tables for value in found.values()]
         # Of what was computed from other parameters (functional_call) nothing must stay alive, and
         # a ScriptModule makes its tables anew each time that it is asked.
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in modules)
         self.lasts = self.plain and not self.lazy and not scripted
+
+
+class Group:
+    """Creates surveys of branches that run one after the other, to be looked through at once.
+
+    Args:
+        branches: In the order in which they run.
+
+    Attributes:
+        branches: The same.
+        surveys: One for each.
+        modules: All modules of all branches.
+        tensors: All parameters of all branches.
+        lasts: Whether it may be kept until the next call.
+    """
+
+    def __init__(self, branches: Sequence[nn.Module]) -> None:
+        self.branches = branches
+        self.surveys = surveys = [Survey(branch) for branch in branches]
+        self.modules = modules = [module for survey in surveys for module in survey.modules]
+        self.tensors = [tensor for survey in surveys for tensor in survey.tensors]
+        self.lasts = all(survey.lasts for survey in surveys)
+        tables = [table for survey in surveys for table in survey.tables]
+        self._parameters = [table for table, _ in tables]
+        self._values = [value for _, found in tables for value in found.values()]
+        self._flags = [flag for survey in surveys for flag in survey.flags]
         if self.lasts:
+            self._needed = needs_of(self.tensors)
             self._types = [*map(type, modules)]
             self._owned = [(m.__dict__, m._modules, m._parameters) for m in modules]
-            inner = [module._modules for module in modules if module._modules]
-            self._all = inner + self._parameters
-            self._all_values = [value for table in self._all for value in table.values()]
-            tables = [
+            self._inner = [module._modules for module in modules if module._modules]
+            self._inner_values = [value for table in self._inner for value in table.values()]
+            own = [
                 (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
                 for m in modules
             ]
-            self._empty = [table for each in tables for table in each if not table]
+            self._empty = [table for each in own for table in each if not table]
 
     def holds(self) -> bool:
-        """Tells whether a new survey would be the same."""
+        """Tells whether new surveys would be the same."""
         if [*map(type, self.modules)] != self._types or any(self._empty):
             return False
         for own, inner, parameters in self._owned:
             if own["_modules"] is not inner or own["_parameters"] is not parameters:
                 return False
-        for module, flag in self.flags:
-            if module.training is not flag:
-                return False
-        return _same(self._all, self._all_values) and needs_of(self.tensors) == self.needed
+        return (
+            needs_of(self.tensors) == self._needed
+            and _same(self._inner, self._inner_values)
+            and self.is_as_it_was()
+        )
 
     def is_as_it_was(self) -> bool:
         """Tells whether modules have the training flags and the parameters that they had."""
-        for module, flag in self.flags:
+        for module, flag in self._flags:
             if module.training is not flag:
                 return False
         return _same(self._parameters, self._values)
 
 
-class Surveys:
-    """The surveys of the branches of a chain, in the order in which a call comes to them.
+class Groups:
+    """The groups of one call of a chain, by the number of branches that ran before.
 
     They are not part of the chain: a copy of it begins with none.
+
+    Args:
+        last: Those of the call before. What this one makes no use of is not kept any longer.
     """
 
-    def __init__(self) -> None:
-        self._known: list[Survey | None] = []
+    def __init__(self, last: Groups | None = None) -> None:
+        self._last = {} if last is None else last._found
+        self._found: dict[int, Group] = {}
 
-    def __reduce__(self) -> tuple[type[Surveys], tuple[()]]:
-        return Surveys, ()
+    def __reduce__(self) -> tuple[type[Groups], tuple[()]]:
+        return Groups, ()
 
-    def get(self, index: int, branch: nn.Module) -> Survey:
-        """Returns a survey of a branch as it is now.
+    def get(self, before: int, branches: Sequence[nn.Module]) -> Group:
+        """Returns a group of branches as they are now.
 
         Args:
-            index: Which of the branches of a call it is.
-            branch: The branch.
+            before: How many branches ran before in this call.
+            branches: The branches.
         """
-        known = self._known[index] if index < len(self._known) else None
-        if known is not None and known.modules[0] is branch and known.holds():
-            return known
-        survey = Survey(branch)
-        self._known[index : index + 1] = [survey if survey.lasts else None]
-        return survey
+        group = self._last.get(before)
+        if group is None or group.branches != branches or not group.holds():
+            group = Group(branches)
+        if group.lasts:
+            self._found[before] = group
+        return group
+
+    def close(self) -> None:
+        """Ends the call."""
+        self._last = {}

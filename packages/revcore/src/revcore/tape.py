@@ -98,6 +98,19 @@ class Tape:
         Raises:
             RuntimeError: If what the chain kept has been freed or changed in place.
         """
+        if self._released:
+            raise RuntimeError(_SECOND_TIME)
+        # One look at the branches is enough for all of these steps.
+        seen = self.records[steps.start][1].seen
+        seen.same = seen.look()
+        try:
+            return self._differentiate(steps, grads, retain=retain)
+        finally:
+            seen.same = None
+
+    def _differentiate(
+        self, steps: range, grads: Gradients, *, retain: bool
+    ) -> list[Tensor | None]:
         found: list[Tensor | None] = []
         if self._side is not None:
             for index in reversed(steps):
@@ -157,8 +170,6 @@ class Tape:
 
         The cursor is handed out, not shared, so that a thread that finds none restarts.
         """
-        if self._released:
-            raise RuntimeError(_SECOND_TIME)
         cursor, self._cursor = self._cursor, None
         if cursor is not None and cursor[0] == index:
             return cursor[1]
