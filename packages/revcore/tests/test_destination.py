@@ -11,15 +11,21 @@ from revcore import get_destination
 
 
 class AddTo(torch.autograd.Function):
-    """Adds to a stream; the gradient is passed on as it comes, whatever the sign."""
+    """Adds to a stream; while that is being reconstructed the gradient is that of the result."""
 
     @staticmethod
-    def forward(_, t, stream, sign):
-        return stream + sign * t
+    def forward(ctx, t, stream, to):
+        ctx.sign = 1 if to.reconstructs else to.sign
+        if to.grid is not None:
+            t = torch.round(t * 2**to.grid) / 2**to.grid
+        new = stream + to.sign * t
+        if (peak := to.peak) is not None and not bool((new.abs() < 2 ** (53 - to.grid)).all()):
+            peak.fill_(torch.inf)
+        return new
 
     @staticmethod
-    def backward(_, grad):
-        return grad, grad, None
+    def backward(ctx, grad):
+        return ctx.sign * grad, grad, None
 
 
 class Enter(torch.autograd.Function):
@@ -58,7 +64,7 @@ class Adding(nn.Module):
         self.last = destination
         destination.added = True
         t = self.compute(Enter.apply(x, destination))
-        return AddTo.apply(t, destination.stream, destination.sign)
+        return AddTo.apply(t, destination.stream, destination)
 
 
 def make_chain(depth=3, coupling=revcore.AdditiveCoupling):
@@ -87,8 +93,12 @@ def x():
     return torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
 
 
-def test_the_same_results_as_adding_outside(x, monkeypatch):
-    chain = make_chain()
+SCHEMES = [revcore.AdditiveCoupling, revcore.FixedPointCoupling]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_same_results_as_adding_outside(x, monkeypatch, scheme):
+    chain = make_chain(coupling=scheme)
     stored = revcore.set_reversing(copy.deepcopy(chain), False)
     ours, theirs = run(chain, x), run(stored, x)
     assert signs(chain) == [1, -1] * 6
@@ -130,12 +140,50 @@ def test_two_backward_passes_and_a_loss_of_one_stream(x, monkeypatch):
         torch.testing.assert_close(one, two)
 
 
-def test_the_inverse_adds_outside(x):
-    chain = make_chain()
-    y = chain(x)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_inverse(x, monkeypatch, scheme):
+    chain = make_chain(coupling=scheme)
+    stored = revcore.set_reversing(copy.deepcopy(chain), False)
+    y = chain(x.detach()).detach()
     signs(chain)
-    torch.testing.assert_close(chain.inverse(y), x)
-    assert signs(chain) == [None] * 6
+    torch.testing.assert_close(chain.inverse(y), x.detach(), rtol=0, atol=1e-4)
+    assert signs(chain) == [-1] * 6
+    ours = run(chain.inverse, y, lambda *_: chain.parameters())
+    assert signs(chain) == [-1, 1] * 6
+    theirs = run(stored.inverse, y, lambda *_: stored.parameters())
+    monkeypatch.setattr(Adding, "adds", False)
+    plain = run(stored.inverse, y, lambda *_: stored.parameters())
+    for one, two, three in zip(ours, theirs, plain, strict=True):
+        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(two, three)
+
+
+def test_a_grid_reverses_bit_for_bit(x):
+    chain = make_chain(coupling=revcore.FixedPointCoupling)
+    entered = torch.round(x.detach() * 2**16) / 2**16
+    assert torch.equal(chain.inverse(chain(x.detach())), entered)
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+def test_a_branch_that_finds_an_overflow_says_so(reversing):
+    chain = make_chain(coupling=revcore.FixedPointCoupling)
+    revcore.set_reversing(chain, reversing)
+    for coupling in chain:
+        coupling.fraction_bits = coupling.grid = 52  # below 2, then
+    x = 1.999 * torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
+    with pytest.raises(OverflowError, match="a stream reached inf"):
+        chain(torch.cat((x, -x)))
+
+
+def test_a_branch_that_does_not_look_for_an_overflow_is_looked_at(x, monkeypatch):
+    def add(self, _x):
+        destination = get_destination(self)
+        destination.added = True
+        return destination.stream + 2.0**40
+
+    monkeypatch.setattr(Adding, "forward", add)
+    with pytest.raises(OverflowError, match="a stream reached 1"):
+        make_chain(coupling=revcore.FixedPointCoupling)(x)
 
 
 def hooked(module):
@@ -166,7 +214,11 @@ class Doubling(revcore.AdditiveCoupling):
         return grad, 2 * grad
 
 
-@pytest.mark.parametrize("coupling", [Doubling, revcore.FixedPointCoupling])
+class Finer(revcore.FixedPointCoupling):
+    """Another class may round in another way."""
+
+
+@pytest.mark.parametrize("coupling", [Doubling, Finer, revcore.AffineCoupling])
 def test_other_schemes_do_not_ask_for_it(x, coupling):
     chain = make_chain(coupling=coupling)
     run(chain, x)

@@ -18,7 +18,7 @@ from revmodels import conv_kernels, conv_passes, kernels, passes
 
 sizes = ["size", "width", "height", "rows", "apart", "steps", "parts"]
 integers = dict.fromkeys([*sizes, "channels", "eights", "output_eights"], "i32")
-floats = dict.fromkeys(["share", "momentum", "eps", "sign"], "fp32")
+floats = dict.fromkeys(["share", "momentum", "eps", "sign", "finer", "coarser", "limit"], "fp32")
 tile = {"ROWS": passes.ROWS, "COLUMNS": passes.COLUMNS}
 parts = {"PARTS": passes.PARTS, "CHANNELS": passes.CHANNELS}
 VARIANTS = {
@@ -33,7 +33,7 @@ product = {"DTYPE": tl.bfloat16, "PRECISION": "tf32"}
 product |= {"ROWS": conv_passes.ROWS, "CHANNELS": 64, "OUTPUTS": 64}
 around = product | {"KERNEL": 3}
 CONVOLUTIONS = {
-    "convolve": around | {"ADD": True},
+    "convolve": around | {"ADD": True, "GRID": True},
     "gradient_sums": product,
     "add_up": {"MORE": True, "PARTS": conv_passes.PARTS, "COLUMNS": conv_passes.COLUMNS},
     "input_gradient": product | {"ADD": True},

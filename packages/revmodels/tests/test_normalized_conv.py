@@ -12,6 +12,7 @@ import revmodels
 from revmodels.branches import Branch, make_branch
 from revmodels.fused import load
 from revmodels.normalized_conv import norm_relu_conv
+from revmodels.passes import Normalization
 
 passes = pytest.importorskip(
     "revmodels.conv_passes", reason="there is no Triton", exc_type=ImportError
@@ -256,13 +257,10 @@ def test_kernels_that_do_not_work_are_not_used(device, monkeypatch):
 CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
 
 
-def make_chain(device, kind="bottleneck", depth=2):
+def make_chain(device, kind="bottleneck", depth=2, coupling=revcore.AdditiveCoupling):
     torch.manual_seed(0)
     inner = 8 if kind == "bottleneck" else 32
-    couplings = [
-        revcore.AdditiveCoupling(*(make_branch(kind, 32, inner) for _ in "fg"))
-        for _ in range(depth)
-    ]
+    couplings = [coupling(*(make_branch(kind, 32, inner) for _ in "fg")) for _ in range(depth)]
     chain = revcore.ReversibleSequential(*couplings)
     chain.to(device, memory_format=torch.channels_last)
     return revmodels.set_fused(chain, True)
@@ -308,21 +306,96 @@ def test_a_chain_reversed_stored_and_without_kernels(device, products, dtype, ki
         assert torch.equal(one, two)
 
 
-def test_the_inverse(device, products):
-    chain, x = make_chain(device), batch(3, 64, 4, 4, device=device)
+@pytest.mark.parametrize("kind", list(CONVOLUTIONS))
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_fixed_point_chain_has_the_bits_of_a_stored_one(device, products, dtype, kind):
+    chain = make_chain(device, kind, coupling=revcore.FixedPointCoupling)
+    stored = revcore.set_reversing(copy.deepcopy(chain), False)
+    unfused = revmodels.set_fused(copy.deepcopy(stored), False)
+    x = batch(3, 64, 4, 4, device=device)
+    ours = run(chain, x, dtype)
+    assert products["convolve"].count(True) == 4 * 3
+    assert True in products["gradients"]
+    for one, two in zip(ours, run(stored, x, dtype), strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(ours, run(unfused, x, dtype), strict=True):
+        assert relative_error(one, two) < (1e-4 if dtype is None else 0.15)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_to_a_grid(device, size, sign):
+    norm, conv = make_layers(16, 24, device, size)
+    nn.init.normal_(conv.weight, std=100)
+    x = batch(2, 16, 5, 5, device=device).detach()
+    zero, one = torch.zeros(16, device=device), torch.ones(16, device=device)
+    by = Normalization(zero, one, norm.weight.detach(), norm.bias.detach())
+    weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+    t = passes.convolve(x, by, weight, dtype=torch.float32)
+    base = torch.randint_like(t, -100, 100) / 4
+    for bits in (1, 2, 14, 20):  # of which some make integers that float32 has no fractions of
+        found = passes.convolve(x, by, weight, dtype=torch.float32, base=base, sign=sign, grid=bits)
+        assert torch.equal(found, base + sign * torch.round(t * 2**bits) / 2**bits)
+    # A tie goes to the even neighbor.
+    norm.bias.data.zero_()
+    halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.25, 3.75], device=device)
+    conv.weight.data.zero_()
+    conv.weight.data[:8, 0, size // 2, size // 2] = halves
+    by = Normalization(zero, one, one, zero)
+    weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+    found = passes.convolve(
+        torch.ones_like(x), by, weight, dtype=torch.float32, base=0 * base, sign=sign, grid=1
+    )
+    assert torch.equal(found[0, :8, 2, 2], sign * torch.round(2 * halves) / 2)
+    found = passes.convolve(
+        torch.ones_like(x), by, weight / 2, dtype=torch.float32, base=0 * base, sign=sign, grid=1
+    )
+    assert torch.equal(found[0, :8, 2, 2], sign * torch.round(halves) / 2)
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+def test_an_overflow_is_seen(device, products, reversing):
+    chain = make_chain(device, coupling=revcore.FixedPointCoupling)
+    revcore.set_reversing(chain, reversing)
+    x = batch(3, 64, 4, 4, device=device)
+    chain(x)
+    chain[1].g.convs[-1].weight.data.mul_(1e4)
+    with pytest.raises(OverflowError, match="a stream reached inf"):
+        chain(x)
+    chain[1].g.convs[-1].weight.data.fill_(torch.nan)
+    with pytest.raises(OverflowError, match="a stream reached inf"):
+        chain(x)
+    assert products["convolve"].count(True) == 4 * 3
+
+
+@pytest.mark.parametrize("scheme", [revcore.AdditiveCoupling, revcore.FixedPointCoupling])
+def test_the_inverse(device, products, scheme):
+    chain, x = make_chain(device, coupling=scheme), batch(3, 64, 4, 4, device=device)
+    x = torch.round(x.detach() * 2**16) / 2**16
     chain(x)
     chain.eval()
     products["convolve"].clear()
     with torch.no_grad():
         y = chain(x)
         assert products["convolve"] == [False, False, True] * 4
-        assert relative_error(chain.inverse(y), x) < 1e-5
+        back = chain.inverse(y)
+        assert products["convolve"] == [False, False, True] * 8
+        assert relative_error(back, x) < 1e-5
+        assert scheme is revcore.AdditiveCoupling or torch.equal(back, x)
     # With gradients, too: they are those of a subtraction.
     chain.train()
-    (ours,) = torch.autograd.grad(chain.inverse(x).square().sum(), x)
-    revmodels.set_fused(chain, False)
-    (theirs,) = torch.autograd.grad(chain.inverse(x).square().sum(), x)
-    assert relative_error(ours, theirs) < 1e-5
+    x.requires_grad_()
+    stored = revcore.set_reversing(copy.deepcopy(chain), False)
+    unfused = revmodels.set_fused(copy.deepcopy(chain), False)
+    products["convolve"].clear()
+    found = []
+    for net in (chain, stored, unfused):
+        loss = net.inverse(x).square().sum()
+        found.append(torch.autograd.grad(loss, (x, *net.parameters())))
+    assert products["convolve"].count(True) == 4 * 3
+    for ours, theirs, plainly in zip(*found, strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+        assert relative_error(theirs, plainly) < 1e-4
 
 
 class Twice(Branch):

@@ -19,17 +19,34 @@ class Destination:
     Attributes:
         stream: The tensor that the branch's result is added to; gone after the run.
         sign: 1, or -1 where it is subtracted.
+        grid: Number of fractional bits that the result is rounded to before; None if it is not.
+            What is added or subtracted is then `round(2**grid * result) / 2**grid`, ties to even.
+        reconstructs: Whether a stream is being reconstructed. The gradient that arrives is then
+            that of the result, without the sign; else it is that of the new stream.
         added: The branch sets this if what it returns is `stream + sign * result`.
         gradient: Set before the run is differentiated: a tensor that the gradient of the branch's
             input is added to. None if there is none.
         gradient_added: The branch sets this if what it returns is that sum.
     """
 
-    __slots__ = ("_branch", "_outer", "added", "gradient", "gradient_added", "sign", "stream")
+    __slots__ = (
+        *("_branch", "_outer", "_peak", "added", "gradient", "gradient_added", "grid"),
+        *("reconstructs", "sign", "stream"),
+    )
 
-    def __init__(self, branch: nn.Module, stream: Tensor, sign: int) -> None:
+    def __init__(
+        self,
+        branch: nn.Module,
+        stream: Tensor,
+        sign: int,
+        *,
+        grid: int | None = None,
+        reconstructs: bool = False,
+    ) -> None:
         self._branch = branch
         self.stream, self.sign, self.added = stream, sign, False
+        self.grid, self.reconstructs = grid, reconstructs
+        self._peak: Tensor | None = None
         self.gradient: Tensor | None = None
         self.gradient_added = False
 
@@ -40,6 +57,23 @@ class Destination:
     def __exit__(self, *_: object) -> None:
         _thread.destination, self._outer = self._outer, None
         del self.stream  # the graph of the run may hold this object, but must not hold the stream
+
+    @property
+    def peak(self) -> Tensor | None:
+        """Where the branch says on a grid that a value is too large; None if nobody asks.
+
+        A tensor of one zero, of the stream's dtype. Infinity in it says that a value of the new
+        stream is NaN or not below `2**(24 - grid)` in size, in float32, or `2**(53 - grid)` in
+        float64.
+        """
+        if self._peak is None and self.grid is not None and not self.reconstructs:
+            self._peak = self.stream.new_zeros(())
+        return self._peak
+
+    @property
+    def found(self) -> Tensor | None:
+        """What the branch said there; None if it did not look."""
+        return self._peak
 
     def meant_for(self, branch: nn.Module) -> bool:
         """Tells whether this is the branch, and nobody else wants to see its results."""
@@ -62,15 +96,15 @@ _thread = _Thread()
 def get_destination(branch: nn.Module) -> Destination | None:
     """Tells a branch where its results go, if it may add them there by itself.
 
-    A branch whose class has `adds = True` is told so by an additive coupling while it runs. It may
+    A branch whose class has `adds = True` is told so by an additive or fixed-point coupling. It may
     then return `stream + sign * result` instead of `result`, in the stream's dtype, and set
     `added`. In the backward pass of that run it may return `gradient` and the gradient of its
     input as one sum, in the input's dtype, and set `gradient_added`. What it does not do, the
     coupling does.
 
-    A stream that requires a gradient gets it as in any addition. Where the sign is -1 a stream is
-    being reconstructed, and the gradient that arrives is that of `result`: it is passed on as it
-    comes, without the sign.
+    A stream that requires a gradient gets it as in any addition. While a stream is being
+    reconstructed (`reconstructs`) the gradient that arrives is that of `result`: it is passed on as
+    it comes, without the sign.
 
     Args:
         branch: The module that asks. Only the coupling's branch itself gets an answer, not a module

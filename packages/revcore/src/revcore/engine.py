@@ -95,7 +95,7 @@ class _StepsNode(torch.autograd.Function):
                     tape.truth.append(tuple(x.detach() for x in streams[:count]))
                 step.apply(replay.first_run, streams)
                 if step.grid is not None:
-                    call.watch.note([streams[index] for index in step.writes])
+                    call.watch.follow(step, streams)
         finally:
             _thread.call = call
         return (*[streams[index] for index in changed], *streams[count:])
@@ -234,7 +234,7 @@ def _run_each(
     for step in steps:
         step.apply(partial(run, step, kwargs), streams)
         if step.grid is not None:
-            call.watch.note([streams[index] for index in step.writes])
+            call.watch.follow(step, streams)
 
 
 def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from revcore.additive import misfit
+from revcore.adding import adding, misfit
 from revcore.coupling import Coupling
 from revcore.grid import move
+from revcore.half_step import HalfStep
 
 
 class FixedPointCoupling(Coupling):
@@ -57,6 +60,11 @@ class FixedPointCoupling(Coupling):
         if not 1 <= fraction_bits <= 52:
             raise ValueError(f"fraction_bits (={fraction_bits}) must be in 1..52")
         self.fraction_bits = self.grid = fraction_bits
+
+    def half_steps(self) -> Sequence[HalfStep]:
+        # A subclass may combine in another way.
+        steps = super().half_steps()
+        return adding(steps) if type(self) is FixedPointCoupling else steps
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
         if t.shape != a.shape:

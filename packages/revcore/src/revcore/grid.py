@@ -25,9 +25,31 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
         >>> to_grid(torch.tensor([0.3, -0.3]), 2)
         tensor([ 0.2500, -0.2500])
     """
-    old = x.detach()
-    # The difference is exact (Sterbenz' lemma), and so is the sum, which is the rounded value.
-    return x + (torch.round(old * 2.0**bits) / 2.0**bits - old)
+    rounded: Tensor = _Round.apply(x, bits)
+    return rounded
+
+
+class _Round(torch.autograd.Function):
+    """`to_grid`, whose gradient passes through."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bits: int) -> Tensor:
+        return torch.mul(x, 2.0**bits).round_().mul_(2.0**-bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+    @staticmethod
+    def jvp(_ctx: Any, *tangents: Any) -> Tensor:
+        tangent: Tensor = tangents[0]
+        return tangent.view_as(tangent)
 
 
 def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
@@ -120,6 +142,13 @@ class GridWatch:
         rounded = [to_grid(stream, bits) for stream in streams]
         self.note(rounded)
         return rounded
+
+    def follow(self, step: Step, streams: Sequence[Tensor]) -> None:
+        """Notes how large the values are that a step with a grid has written."""
+        if step.peak is None:
+            self.note([streams[index] for index in step.writes])
+        else:
+            self._peaks.append(step.peak)
 
     def note(self, streams: Sequence[Tensor]) -> None:
         """Notes how large the values of some streams are."""

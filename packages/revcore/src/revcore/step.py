@@ -41,6 +41,8 @@ class Step(ABC):
         writes: Indices of the streams that the update changes.
         grid: Number of fractional bits that all values of all streams have, before the step and
             after it; None for any values.
+        peak: What a step with a grid found when it wrote: a tensor of one number, infinite if a
+            value was too large; None if nobody has looked.
     """
 
     branch: nn.Module
@@ -48,6 +50,7 @@ class Step(ABC):
     inputs: tuple[int, ...]
     writes: tuple[int, ...]
     grid: int | None = None
+    peak: Tensor | None = None
 
     @abstractmethod
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:

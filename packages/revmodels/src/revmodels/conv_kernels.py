@@ -44,6 +44,16 @@ def _neighbor(tap, row, position, height, width, KERNEL: tl.constexpr, SIGN: tl.
 
 
 @triton.jit
+def _to_integer(value):
+    """Rounds to the nearest integer, a tie to the even one; the interpreter has no `rint`."""
+    # Where all float32 are integers, adding 2^23 rounds; larger numbers are integers themselves.
+    size = tl.abs(value)
+    rounded = (size + 8388608.0) - 8388608.0
+    rounded = tl.where(value < 0, -rounded, rounded)
+    return tl.where(size < 8388608.0, rounded, value)
+
+
+@triton.jit
 def convolve(
     x,
     mean,
@@ -53,6 +63,7 @@ def convolve(
     matrix,
     base,
     out,
+    peak,
     rows,
     height,
     width,
@@ -60,15 +71,23 @@ def convolve(
     output_eights,
     apart,
     sign,
+    finer,
+    coarser,
+    limit,
     KERNEL: tl.constexpr,
     ADD: tl.constexpr,
+    GRID: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    """The convolution; with `ADD`, `base + sign` times it. Rows of `base` lie `apart`."""
+    """The convolution; with `ADD`, `base + sign` times it. Rows of `base` lie `apart`.
+
+    With `GRID` it is rounded to multiples of `coarser`, of which `finer` make one, and the peak
+    becomes infinite if a sum is not below the limit.
+    """
     channels, outputs = eights * 8, output_eights * 8
     # Programs that read the same rows run one after the other, so these come from the cache.
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -102,7 +121,13 @@ def convolve(
     if ADD:
         place = row[:, None] * apart + output[None, :]
         old = tl.load(base + begin * apart + place, mask=valid, other=0.0)
+        if GRID:
+            total = _to_integer(total * finer) * coarser
         total = old.to(tl.float32) + sign * total
+        if GRID:
+            fits = (tl.abs(total) < limit) | (valid == 0)
+            if tl.min(tl.min(fits.to(tl.int32), 1), 0) == 0:
+                tl.store(peak, float("inf"))
     place = row[:, None] * outputs + output[None, :]
     tl.store(out + begin * outputs + place, total.to(out.dtype.element_ty), mask=valid)
 

@@ -93,6 +93,8 @@ def convolve(
     dtype: torch.dtype,
     base: Tensor | None = None,
     sign: int = 1,
+    grid: int | None = None,
+    peak: Tensor | None = None,
 ) -> Tensor:
     """Computes a convolution of the ReLU of what is normalized.
 
@@ -103,6 +105,9 @@ def convolve(
         dtype: In which the factors are multiplied, and of the result if there is no `base`.
         base: Shape `(N, O, H, W)`: what the result is added to. It has a `row_stride`.
         sign: -1 to subtract it.
+        grid: Number of fractional bits of `base`, which the result is rounded to before it is
+            added; see `revcore.FixedPointCoupling`.
+        peak: A float32 number that becomes infinite if a sum does not fit into a grid.
 
     Returns:
         Shape `(N, O, H, W)`, in `channels_last`.
@@ -116,11 +121,15 @@ def convolve(
         memory_format=torch.channels_last,
     )
     added, apart = (x, 0) if base is None else (base, row_stride(base))
-    columns = _columns(outputs)
+    columns, bits = _columns(outputs), 0 if grid is None else grid
+    # The kernel is the same whether somebody asks for the peak or not, and so are the bits.
+    peak = torch.empty((), dtype=torch.float32, device=x.device) if peak is None else peak
     kernels.convolve[(triton.cdiv(outputs, columns), triton.cdiv(rows, ROWS))](
-        *(x, *by, matrix, added, out),
-        *(rows, height, width, channels // 8, outputs // 8, apart, sign),
-        *(matrix.shape[-1], base is not None, *_product(dtype), ROWS, _columns(channels), columns),
+        *(x, *by, matrix, added, out, peak),
+        *(rows, height, width, channels // 8, outputs // 8, apart, float(sign)),
+        *(2.0**bits, 2.0**-bits, 2.0 ** (24 - bits)),
+        *(matrix.shape[-1], base is not None, grid is not None),
+        *(*_product(dtype), ROWS, _columns(channels), columns),
     )
     return out
 
@@ -189,6 +198,7 @@ def _gradients(
         *(grad, x, *by, matrix, grad_bias, grad_weight, added, out),
         *(rows, channels // 8, outputs // 8, apart, 1 / rows),
         *(base is not None, *product, ROWS, columns, _columns(outputs)),
+        enable_fp_fusion=False,  # the same bits as if `base` were added outside
     )
     return out, grad_weight, grad_bias, of_matrix
 

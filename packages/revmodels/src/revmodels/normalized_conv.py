@@ -53,10 +53,10 @@ def norm_relu_conv(
     if dtype is None:
         plain: Tensor = conv(batch_norm_relu(norm, x))
         return plain
-    base, sign = None, 1
-    if result_to is not None and _fits(result_to.stream, conv, x, dtype, kernels):
-        base, sign, result_to.added = result_to.stream, result_to.sign, True
-    constants = (kernels, norm.eps, dtype, sign, gradient_to)
+    base = None
+    if result_to is not None and _fits(result_to, conv, x, dtype, kernels):
+        base, result_to.added = result_to.stream, True
+    constants = (kernels, norm.eps, dtype, result_to, gradient_to)
     y: Tensor = _NormalizedConv.apply(
         x, *statistics(norm, x), norm.weight, norm.bias, conv.weight, base, constants
     )
@@ -69,17 +69,22 @@ class _NormalizedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, base, constants = arguments
-        kernels, _, dtype, sign, _ = ctx.constants = constants
+        kernels, _, dtype, to, _ = ctx.constants = constants
         ctx.save_for_backward(*tensors)
         x, *by, matrix = tensors
-        y: Tensor = kernels.convolve(x, by, matrix, dtype=dtype, base=base, sign=sign)
+        kwargs = {}
+        if base is not None:
+            kwargs = {"base": base, "sign": to.sign, "grid": to.grid, "peak": to.peak}
+        ctx.negative = base is not None and to.sign < 0 and not to.reconstructs
+        y: Tensor = kernels.convolve(x, by, matrix, dtype=dtype, **kwargs)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # That of the convolution's result, whatever the sign: it is -1 where nobody differentiates
-        # the sum; see revcore.get_destination.
         kernels, eps, dtype, _, gradient_to = ctx.constants
+        of_base = grad if ctx.needs_input_grad[6] else None
+        if ctx.negative:
+            grad = -grad
         x, *by, matrix = ctx.saved_tensors
         weight, bias = by[2:]
         if torch.is_grad_enabled():  # create_graph=True: the gradient is differentiated, too
@@ -101,7 +106,6 @@ class _NormalizedConv(torch.autograd.Function):
                 base=base,
             )
         of_x, *of_affine, of_matrix = found
-        of_base = grad if ctx.needs_input_grad[6] else None
         return (of_x, None, None, *of_affine, of_matrix, of_base, None)
 
 
@@ -133,11 +137,13 @@ def _product_dtype(conv: Any, x: Tensor, kernels: Any) -> torch.dtype | None:
     return x.dtype if conv.weight.dtype == x.dtype else None
 
 
-def _fits(stream: Tensor, conv: Any, x: Tensor, dtype: torch.dtype, kernels: Any) -> bool:
+def _fits(to: Destination, conv: Any, x: Tensor, dtype: torch.dtype, kernels: Any) -> bool:
+    stream = to.stream
     fits: bool = (
         type(stream) is Tensor
         and stream.shape == (x.shape[0], conv.out_channels, *x.shape[2:])
         and stream.device == x.device
+        and stream.dtype in (_DTYPES if to.grid is None else (torch.float32,))
         and stream.dtype == torch.promote_types(stream.dtype, dtype)
         and kernels.row_stride(stream) is not None
     )

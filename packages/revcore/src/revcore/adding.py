@@ -1,0 +1,94 @@
+"""Half-steps that add a branch's output to a stream, or let the branch do so by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from revcore.destination import Destination
+from revcore.half_step import HalfStep
+from revcore.step import Again, Differentiate, Gradients, Pullback, add
+
+
+def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
+    """Lets the branches that can do so add to the streams: those whose class has `adds = True`.
+
+    Args:
+        steps: Half-steps that add, on a grid or not.
+
+    Returns:
+        The same, with others in the place of some.
+    """
+    if torch.compiler.is_compiling():
+        return steps
+    return [
+        AddingStep(step.scheme, step.branch, step.target, step.source, inverted=step.inverted)
+        if getattr(type(step.branch), "adds", False)
+        else step
+        for step in steps
+    ]
+
+
+class AddingStep(HalfStep):
+    """A half-step that adds, whose branch may add its results to the streams by itself."""
+
+    def inverse(self) -> HalfStep:
+        return AddingStep(
+            self.scheme, self.branch, self.target, self.source, inverted=not self.inverted
+        )
+
+    def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
+        with self._destination(streams, back=False) as destination:
+            t = run(streams[self.source])
+        if destination.added:
+            streams[self.target], self.peak = t, destination.found
+        else:
+            streams[self.target] = self._change(streams[self.target], t)
+
+    def undo(self, again: Again, streams: list[Tensor]) -> None:
+        with self._destination(streams, back=True) as destination:
+            t = again.repeat(streams[self.source])
+        self._move_back(streams, t, destination)
+
+    def rebuild(
+        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
+    ) -> Differentiate:
+        if kept is not None:
+            return super().rebuild(again, streams, kept)
+        with self._destination(streams, back=True) as destination:
+            t, pull = again.record(streams[self.source])
+        self._move_back(streams, t.detach(), destination)
+        return partial(self._pull, pull, destination)
+
+    def _destination(self, streams: Sequence[Tensor], *, back: bool) -> Destination:
+        sign = 1 if self.inverted is back else -1
+        stream = streams[self.target]
+        return Destination(self.branch, stream, sign, grid=self.grid, reconstructs=back)
+
+    def _move_back(self, streams: list[Tensor], t: Tensor, destination: Destination) -> None:
+        a = streams[self.target]
+        streams[self.target] = t if destination.added else self._back(a, t)
+
+    def _pull(
+        self, pull: Pullback, destination: Destination, grads: Gradients
+    ) -> Sequence[Tensor | None]:
+        grad = grads[self.target]
+        destination.gradient, destination.gradient_added = grads[self.source], False
+        of_source, *found = pull(-grad if self.inverted else grad)
+        if not destination.gradient_added:
+            of_source = add(grads[self.source], of_source)
+        destination.gradient = None
+        grads[self.source] = of_source
+        return found
+
+
+def misfit(a: Tensor, t: Tensor) -> ValueError:
+    """Creates the error for a branch's output `t` that has not the shape of the stream `a`."""
+    # Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
+    return ValueError(
+        f"a branch must return the shape of the stream that it is added to: the stream has "
+        f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
+    )
