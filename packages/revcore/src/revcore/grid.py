@@ -189,6 +189,7 @@ def _is_traced(x: Tensor) -> bool:
     return (
         x.device.type == "meta"
         or torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )

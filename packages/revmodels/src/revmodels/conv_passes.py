@@ -13,6 +13,7 @@ from torch import Tensor
 from revmodels import conv_kernels as kernels
 from revmodels.agreement import CHANNELS, agree, example, noise
 from revmodels.fused import interpreted
+from revmodels.launch import launch
 from revmodels.passes import Normalization, input_gradient, merge_sums
 
 # Rows of a tile: few enough for small images to occupy a GPU.
@@ -124,7 +125,9 @@ def convolve(
     columns, bits = _columns(outputs), 0 if grid is None else grid
     # The kernel is the same whether somebody asks for the peak or not, and so are the bits.
     peak = torch.empty((), dtype=torch.float32, device=x.device) if peak is None else peak
-    kernels.convolve[(triton.cdiv(outputs, columns), triton.cdiv(rows, ROWS))](
+    launch(
+        kernels.convolve,
+        (triton.cdiv(outputs, columns), triton.cdiv(rows, ROWS)),
         *(x, *by, matrix, added, out, peak),
         *(rows, height, width, channels // 8, outputs // 8, apart, float(sign)),
         *(2.0**bits, 2.0**-bits, 2.0 ** (24 - bits)),
@@ -178,14 +181,18 @@ def _gradients(
     blocks, table = triton.cdiv(channels, some), (outputs + 2) * channels
     steps, parts = _parts(rows, ROWS, PROGRAMS // blocks, table)
     partial = x.new_empty((parts, table), dtype=torch.float32)
-    kernels.gradient_sums[(blocks, parts)](
+    launch(
+        kernels.gradient_sums,
+        (blocks, parts),
         *(grad, x, *by, matrix, partial, rows, channels // 8, outputs // 8, steps),
         *(*product, ROWS, some, all_outputs),
         num_warps=4 if all_outputs * some <= 2048 else 8,
     )
     of_matrix = torch.empty_like(matrix)
     grad_weight, grad_bias = partial.new_empty((2, channels)).unbind()
-    kernels.add_up[(triton.cdiv(table, COLUMNS),)](
+    launch(
+        kernels.add_up,
+        (triton.cdiv(table, COLUMNS),),
         *(partial, of_matrix, grad_bias, grad_weight, parts, outputs * channels, channels),
         *(True, PARTS, COLUMNS),
     )
@@ -194,7 +201,9 @@ def _gradients(
     out = torch.empty_like(x)
     added, apart = (x, 0) if base is None else (base, row_stride(base))
     columns = _columns(channels)
-    kernels.input_gradient[(triton.cdiv(channels, columns), triton.cdiv(rows, ROWS))](
+    launch(
+        kernels.input_gradient,
+        (triton.cdiv(channels, columns), triton.cdiv(rows, ROWS)),
         *(grad, x, *by, matrix, grad_bias, grad_weight, added, out),
         *(rows, channels // 8, outputs // 8, apart, 1 / rows),
         *(base is not None, *product, ROWS, columns, _columns(outputs)),
@@ -224,7 +233,9 @@ def _gradients_around(
     steps, parts = _parts(rows, high, PROGRAMS_AROUND // blocks, 2 * channels)
     of_normal = torch.empty_like(x, dtype=dtype)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
-    kernels.activation_gradient[(blocks, parts)](
+    launch(
+        kernels.activation_gradient,
+        (blocks, parts),
         *(grad, x, *by, matrix, of_normal, partial, *sizes, steps),
         *(kernel_size, *product, high, columns, _columns(outputs)),
         num_warps=8 if high * columns >= ROWS * MOST else 4,
@@ -234,12 +245,16 @@ def _gradients_around(
     blocks *= triton.cdiv(outputs, _columns(outputs))
     steps, parts = _parts(rows, high, PROGRAMS_AROUND // (taps * blocks), matrix.numel())
     partial = x.new_empty((parts, matrix.numel()), dtype=torch.float32)
-    kernels.matrix_gradient[(taps, parts, blocks)](
+    launch(
+        kernels.matrix_gradient,
+        (taps, parts, blocks),
         *(grad, x, *by, partial, *sizes, steps),
         *(kernel_size, *product, high, columns, _columns(outputs)),
     )
     of_matrix = torch.empty_like(matrix)
-    kernels.add_up[(triton.cdiv(matrix.numel(), COLUMNS),)](
+    launch(
+        kernels.add_up,
+        (triton.cdiv(matrix.numel(), COLUMNS),),
         *(partial, of_matrix, partial, partial, parts, matrix.numel(), channels),
         *(False, PARTS, COLUMNS),
     )

@@ -11,11 +11,14 @@ import functools
 import importlib
 import os
 import warnings
+from contextlib import suppress
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+
+from revmodels.launch import is_fake, side_by_side
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,7 +69,7 @@ def may_fuse(norm: nn.Module, x: Tensor) -> bool:
         or norm._backward_hooks
         or norm._backward_pre_hooks
         or _has_any_global_hook()
-        or type(x) is not Tensor
+        or not is_plain(x)
         or x.dtype not in _DTYPES
         or norm.weight.dtype != torch.float32
         or norm.weight.device != x.device
@@ -79,6 +82,11 @@ def may_fuse(norm: nn.Module, x: Tensor) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or (x.is_cuda and x.get_device() != torch.cuda.current_device())
     )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tells whether a tensor is of no subclass, or stands for one that is not."""
+    return type(x) is Tensor or is_fake(x)
 
 
 @functools.cache
@@ -108,6 +116,8 @@ def load(name: str, device: str) -> ModuleType | None:
             torch.enable_grad(),
             torch.autocast(device, enabled=False),
         ):
+            if device == "cuda":
+                _compile_check(found)
             error = None if found.check(device) else "they give other results"
     except Exception as raised:  # noqa: BLE001 - a compiler, or a driver, or a GPU that is too old
         error = f"they do not compile: {raised}"
@@ -118,6 +128,12 @@ def load(name: str, device: str) -> ModuleType | None:
         )
         return None
     return found
+
+
+def _compile_check(found: ModuleType) -> None:
+    """Compiles side by side what `check` launches before it looks at a result."""
+    with suppress(Exception), side_by_side():
+        found.check("cuda")
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from revcore import Destination
 from revmodels.batchnorm import batch_norm_relu, plain_gradients, statistics
-from revmodels.fused import load, may_fuse
+from revmodels.fused import is_plain, load, may_fuse
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,7 +140,7 @@ def _product_dtype(conv: Any, x: Tensor, kernels: Any) -> torch.dtype | None:
 def _fits(to: Destination, conv: Any, x: Tensor, dtype: torch.dtype, kernels: Any) -> bool:
     stream = to.stream
     fits: bool = (
-        type(stream) is Tensor
+        is_plain(stream)
         and stream.shape == (x.shape[0], conv.out_channels, *x.shape[2:])
         and stream.device == x.device
         and stream.dtype in (_DTYPES if to.grid is None else (torch.float32,))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from revmodels import kernels
 from revmodels.agreement import agree, example
+from revmodels.launch import launch
 
 # A tile of the passes over the batch, rows by columns, and the warps that share it. With more rows
 # a multiprocessor has registers for one program of `gradient_sums` only.
@@ -96,12 +97,17 @@ def statistics(
     width, _, steps, parts, fold, rows = _lay_out(size, channels)
     partial = torch.empty(2 * rows * channels, dtype=torch.float32, device=x.device)
     result = torch.empty((2, channels), dtype=torch.float32, device=x.device)
-    kernels.moments[parts](
-        *(x, partial, size, width, channels, steps, ROWS, COLUMNS, fold), num_warps=WARPS
+    launch(
+        kernels.moments,
+        parts,
+        *(x, partial, size, width, channels, steps, ROWS, COLUMNS, fold),
+        num_warps=WARPS,
     )
     tracked = running or (result, result, result)
     mean, inverse = result.unbind()
-    kernels.merge_moments[(triton.cdiv(channels, CHANNELS),)](
+    launch(
+        kernels.merge_moments,
+        (triton.cdiv(channels, CHANNELS),),
         *(x, partial, mean, inverse, *tracked, size // channels, rows, channels, momentum, eps),
         *(running is not None, PARTS, CHANNELS),
         num_warps=MERGE_WARPS,
@@ -120,7 +126,9 @@ def normalize(x: Tensor, by: Normalization, *, relu: bool, dtype: torch.dtype) -
     """
     size, channels, y = x.numel(), x.shape[1], torch.empty_like(x, dtype=dtype)
     layout = _lay_out(size, channels)
-    kernels.normalize[layout.tiles](
+    launch(
+        kernels.normalize,
+        layout.tiles,
         *(x, *by, y, size, layout.width, channels, relu, ROWS, COLUMNS),
         num_warps=WARPS,
     )
@@ -142,7 +150,9 @@ def gradients(
     size, channels = x.numel(), x.shape[1]
     width, _, steps, parts, fold, rows = _lay_out(size, channels)
     partial = torch.empty(2 * rows * channels, dtype=torch.float32, device=x.device)
-    kernels.gradient_sums[parts](
+    launch(
+        kernels.gradient_sums,
+        parts,
         *(grad, x, *by, partial, size, width, channels, steps, relu),
         *(ROWS, COLUMNS, fold),
         num_warps=WARPS,
@@ -156,7 +166,9 @@ def gradients(
 def merge_sums(partial: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:
     """Adds up two tables of `rows` rows of channels: the gradients of weight and bias."""
     grad_weight, grad_bias = partial.new_empty((2, channels)).unbind()
-    kernels.merge_sums[(triton.cdiv(channels, CHANNELS),)](
+    launch(
+        kernels.merge_sums,
+        (triton.cdiv(channels, CHANNELS),),
         *(partial, grad_bias, grad_weight, rows, channels, PARTS, CHANNELS),
         num_warps=MERGE_WARPS,
     )
@@ -185,7 +197,9 @@ def input_gradient(
     size, channels, out = x.numel(), x.shape[1], torch.empty_like(x)
     width, tiles, *_ = _lay_out(size, channels)
     grad_weight, grad_bias = of_affine
-    kernels.input_gradient[tiles](
+    launch(
+        kernels.input_gradient,
+        tiles,
         *(grad, x, *by, grad_bias, grad_weight, x if base is None else base, out),
         *(size, width, channels, channels / size, relu, base is not None, ROWS, COLUMNS),
         num_warps=WARPS,

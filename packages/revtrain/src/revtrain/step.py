@@ -8,7 +8,7 @@ host's: a number that is copied to the device before each step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 
 from revcore import track_drift
-from revmodels import set_fused
+from revmodels import compile_ahead, set_fused
 from revtrain.accumulate import forward_backward
 from revtrain.capture import CapturedCall, why_not_capture
 from revtrain.cast_weights import CastWeights
@@ -118,6 +118,9 @@ class TrainStep:
         """
         for lr, group in zip(self._lrs, self._optimizer.param_groups, strict=True):
             lr.fill_(group["lr"])
+        if self._calls == 0 and self.why_no_graph is None:
+            with self._cast_weights(), self._accelerator.autocast():
+                compile_ahead(unwrap(self._model, self._accelerator), x)
         # A replay runs nothing on the host, and so measures nothing.
         measured = track_drift.current is not None
         take = self._step.launch if measured else self._step
@@ -154,7 +157,7 @@ class TrainStep:
         guard, optimizer = self._guard, self._optimizer
         x, labels = guard.hold(x, labels)
         saved = guard.save_buffers()
-        with self._weights.in_use() if self._weights is not None else nullcontext():
+        with self._cast_weights():
             loss, logits = forward_backward(
                 self._model, x, labels, self._cross_entropy, self._accelerator, poison=guard.poison
             )
@@ -167,6 +170,9 @@ class TrainStep:
         optimizer.zero_grad()
         # One of a bad step would make the averages useless.
         return loss.masked_fill(~loss.isfinite(), 0.0), logits, labels
+
+    def _cast_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._weights is None else self._weights.in_use()
 
     def _loss(self, net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         return self._cross_entropy(net(x), labels)
