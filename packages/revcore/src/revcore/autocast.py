@@ -1,9 +1,10 @@
-"""The autocast state of a call, and calling again under the same."""
+"""The autocast state of a call, and calling again under the same.
+
+States are set directly: `torch.autocast` looks at its arguments for twenty microseconds, which a
+small branch takes altogether.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -15,35 +16,58 @@ def autocast_now(device_type: str) -> Autocast:
     """Reads the states that matter to code on a kind of device: its own and the CPU's."""
     if not torch._C._is_any_autocast_enabled():
         return ()
-    kinds = ("cpu",) if device_type in ("cpu", "meta") else ("cpu", device_type)
     return tuple(
-        (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in _kinds(device_type)
+        if torch.is_autocast_enabled(kind)
     )
 
 
-@contextmanager
-def autocast_as(states: Autocast, device_type: str) -> Iterator[None]:
+def _kinds(device_type: str) -> tuple[str, ...]:
+    return ("cpu",) if device_type in ("cpu", "meta") else ("cpu", device_type)
+
+
+class no_autocast_cache:  # noqa: N801 - used as a function
+    """Casts anew each time, and lets nothing else find what was cast."""
+
+    def __enter__(self) -> None:
+        self._cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_cache_enabled(self._cache)
+
+
+class autocast_as(no_autocast_cache):  # noqa: N801 - used as a function
     """Restores autocast states, with a cache that nothing outside shares.
 
     A weight that was cast without grad mode must not be found by code that needs its gradient,
     and one cast in a recomputation must not be found by the next, whose graph is another one.
+
+    Args:
+        states: Those wanted.
+        device_type: Kind of device that they are for.
     """
-    now, wanted = dict(autocast_now(device_type)), dict(states)
-    with ExitStack() as stack:
-        for kind in {**now, **wanted}:
-            if now.get(kind) != wanted.get(kind):
-                changed = torch.autocast(kind, dtype=wanted.get(kind), enabled=kind in wanted)
-                stack.enter_context(changed)
-        stack.enter_context(no_autocast_cache())
-        yield
 
+    def __init__(self, states: Autocast, device_type: str) -> None:
+        self._wanted = dict(states)
+        self._kinds = _kinds(device_type)
 
-@contextmanager
-def no_autocast_cache() -> Iterator[None]:
-    """Casts anew each time, and lets nothing else find what was cast."""
-    cache = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cache)
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._before = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in self._kinds
+        ]
+        for kind, enabled, dtype in self._before:
+            wanted = self._wanted.get(kind)
+            if enabled is not (wanted is not None):
+                torch.set_autocast_enabled(kind, wanted is not None)
+            if wanted is not None and wanted is not dtype:
+                torch.set_autocast_dtype(kind, wanted)
+
+    def __exit__(self, *_: object) -> None:
+        for kind, enabled, dtype in self._before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        super().__exit__()
