@@ -30,8 +30,7 @@ def wide_input(device):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_memory_is_constant_in_depth(scheme, device, monkeypatch):
-    monkeypatch.setattr("revcore.sequential._SMALL", 0)  # a node for each block
+def test_memory_is_constant_in_depth(scheme, device):
     x = wide_input(device)
     shallow = activations(chain_of_depth(4, scheme, device), x)
     deep = activations(chain_of_depth(64, scheme, device), x)
@@ -41,7 +40,8 @@ def test_memory_is_constant_in_depth(scheme, device, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_blocks_that_share_a_node_hold_gradients_a_little_longer(scheme, device):
+def test_blocks_that_share_a_node_hold_gradients_a_little_longer(scheme, device, monkeypatch):
+    monkeypatch.setattr("revcore.sequential._TINY", 2**14)
     x = wide_input(device)
     chain = chain_of_depth(64, scheme, device)
     after_forward, shallow = activations(chain_of_depth(2, scheme, device), x)

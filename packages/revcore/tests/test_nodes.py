@@ -109,6 +109,21 @@ def test_large_streams_have_a_node_for_each_block(device: torch.device) -> None:
     assert nodes_of(chain(x[:100].detach())) == 2
 
 
+def test_blocks_with_parameters_worth_mentioning_have_a_node_each(device: torch.device) -> None:
+    chain = chain_of(12, device)
+    chain[4].coupling.f = nn.Linear(2, 2).double().to(device)
+    x = torch.randn(3, 4, dtype=torch.float64, device=device)
+    assert nodes_of(chain(x)) == 3
+    big = revcore.ReversibleBlock(nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 2))).double()
+    chain[4] = big.to(device)
+    assert nodes_of(chain(x)) == 4  # four, one and six after it, which it begins, and the last
+    lazy = revcore.ReversibleBlock(nn.LazyLinear(2), nn.Tanh()).double().to(device)
+    chain[4] = lazy
+    with torch.no_grad():
+        chain(x)
+    assert nodes_of(chain(x)) == 3
+
+
 def test_global_hooks_see_every_block(device: torch.device) -> None:
     chain, seen = chain_of(6, device), []
     with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):

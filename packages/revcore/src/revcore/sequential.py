@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
@@ -142,11 +143,12 @@ class _Reversible(nn.Module):
 
 _OURS = (_Reversible, Coupling)
 
-# A node of autograd takes some ten microseconds, which show where kernels are small, so several
-# blocks share one. It holds the gradients of its streams and parameters until it is done, which
-# would show where streams are large.
+# A node of autograd takes some ten microseconds, which show where there is little to compute, so
+# several blocks share one. It holds the gradients of its streams and parameters until it is done,
+# which would show if there were many.
 _STEPS_AT_ONCE = 16
 _SMALL = 2**23  # bytes of all streams
+_TINY = 2**10  # bytes of a block's parameters
 
 _nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
 
@@ -358,7 +360,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         blocks: list[Any] = list(self)
         if inverted:
             blocks.reverse()
-        at_once = _STEPS_AT_ONCE if sum(map(_nbytes, streams)) <= _SMALL else 1
+        small = sum(map(_nbytes, streams)) <= _SMALL
         hooked = _has_any_global_hook()
         steps: list[Step] = []
         for block in blocks:
@@ -366,19 +368,23 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             kept = coupling not in (None, block) and _keeps(block, inverted=inverted)
             # With a node of its own for the last block, the peak is the same at any depth: only
             # the first gradients may take no memory, as those of a sum.
-            if steps and (coupling is None or kept or len(steps) >= at_once or block is blocks[-1]):
+            shares = (
+                coupling is not None and small and block is not blocks[-1] and _is_tiny(coupling)
+            )
+            if steps and (kept or not shares or len(steps) >= _STEPS_AT_ONCE):
                 streams, steps = run(steps, streams, kwargs), []
+            if kept:
+                keep(streams)
             if coupling is not None:
-                if kept:
-                    keep(streams)
                 steps += coupling.inverse_half_steps() if inverted else coupling.half_steps()
             elif isinstance(block, _OURS):
                 found: Tensor | Streams = (block.inverse if inverted else block)(*streams, **kwargs)
                 streams = found if isinstance(found, tuple) else (found,)
             else:
-                step = InvertibleStep(block, len(streams), self.split_dim, inverted=inverted)
-                streams = run((step,), streams, kwargs)
-        return run(steps, streams, kwargs) if steps else streams
+                steps = [InvertibleStep(block, len(streams), self.split_dim, inverted=inverted)]
+            if steps and not shares:
+                streams, steps = run(steps, streams, kwargs), []
+        return streams
 
     def extra_repr(self) -> str:
         kept = sum(bool(getattr(block, "keep_input", False)) for block in self)
@@ -391,6 +397,17 @@ class ReversibleSequential(_Reversible, nn.Sequential):
 
 def _keeps(block: Any, *, inverted: bool) -> bool:
     return bool(block.keep_input_inverse if inverted else block.keep_input)
+
+
+def _is_tiny(coupling: Coupling) -> bool:
+    known: bool | None = coupling.__dict__.get("_tiny")
+    if known is None:
+        parameters = list(coupling.parameters())
+        if any(map(is_lazy, parameters)):
+            return False
+        # Not looked at again: if it grows, some memory is held a little longer.
+        known = coupling.__dict__["_tiny"] = sum(map(_nbytes, parameters)) <= _TINY
+    return known
 
 
 def _coupling_of(block: nn.Module) -> Coupling | None:
