@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+traceable = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="the tracer of torch 2.6 cannot follow a chain; 2.11 is the oldest that was tried",
+)
 
 
 def mlp(width: int, out: int) -> nn.Module:

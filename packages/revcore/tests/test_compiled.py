@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from cases import SCHEMES, assert_same, gradients, make_case
+from cases import SCHEMES, assert_same, gradients, make_case, traceable
 from torch import nn
 
 import revcore
+
+pytestmark = traceable
 
 # What is asked is whether a chain can be traced and differentiated, not what code is made of it.
 BACKEND = "aot_eager_decomp_partition"

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import traceable
 from torch import nn
 
 import revcore
@@ -262,6 +263,7 @@ def test_a_graph_does_not_hold_the_stream(x):
     assert destination.gradient is None
 
 
+@traceable
 def test_a_compiler_sees_an_addition(x):
     torch.compiler.reset()
     chain = make_chain(1)

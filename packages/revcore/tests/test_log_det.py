@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import SCHEMES, assert_same, make_case
+from cases import SCHEMES, assert_same, make_case, traceable
 from torch import nn
 
 import revcore
@@ -167,6 +167,7 @@ def test_its_gradients_are_those_of_plain_autograd(device):
     assert_same(step(chain, chain, x), step(plain, with_determinant, x))
 
 
+@traceable
 @pytest.mark.parametrize("kind", ["images", "vectors"])
 def test_compiled(kind, device):
     chain, x = flow(kind, device)

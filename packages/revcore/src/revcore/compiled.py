@@ -123,7 +123,8 @@ class _ChainNode(torch.autograd.Function):
             for branch in branches
             for name in branch.buffers
         ]
-        kwargs = {**kwargs, **dict(zip(names, tensors[count:], strict=False))}
+        given = tensors[count : count + len(names)]
+        kwargs = {**kwargs, **dict(zip(names, given, strict=True))}
         steps = [branch.step for branch in branches]
         outputs, anchors = _forward(steps, kept, tensors[:count], kwargs)
         ctx.sizes = (len(anchors), len(buffers))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from revcore.hooks import has_global_hooks, has_hooks
 
 
 class Destination:
@@ -77,13 +78,7 @@ class Destination:
 
     def meant_for(self, branch: nn.Module) -> bool:
         """Tells whether this is the branch, and nobody else wants to see its results."""
-        return branch is self._branch and not (
-            branch._forward_hooks
-            or branch._forward_pre_hooks
-            or branch._backward_hooks
-            or branch._backward_pre_hooks
-            or _has_any_global_hook()
-        )
+        return branch is self._branch and not (has_hooks(branch) or has_global_hooks())
 
 
 class _Thread(threading.local):

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from revcore.additive import AdditiveCoupling
@@ -19,6 +18,7 @@ from revcore.compiled import RANDOM, draws, run_compiled
 from revcore.coupling import Coupling
 from revcore.engine import keep, reverse, run
 from revcore.fixed_point import FixedPointCoupling
+from revcore.hooks import has_global_hooks, has_hooks
 from revcore.invertible import InvertibleStep
 from revcore.randomness import draw_nothing
 from revcore.step import Step
@@ -361,7 +361,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         if inverted:
             blocks.reverse()
         small = sum(map(_nbytes, streams)) <= _SMALL
-        hooked = _has_any_global_hook()
+        hooked = has_global_hooks()
         steps: list[Step] = []
         for block in blocks:
             coupling = None if hooked else _coupling_of(block)
@@ -413,14 +413,7 @@ def _is_tiny(coupling: Coupling) -> bool:
 def _coupling_of(block: nn.Module) -> Coupling | None:
     """Returns the coupling of a block that nobody would see being called, else None."""
     # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
-    if (
-        block._forward_hooks
-        or block._forward_pre_hooks
-        or block._backward_hooks
-        or block._backward_pre_hooks
-        or block._compiled_call_impl is not None
-        or "forward" in block.__dict__
-    ):
+    if has_hooks(block) or block._compiled_call_impl is not None or "forward" in block.__dict__:
         return None
     kind: Any = type(block)
     if kind is ReversibleBlock:

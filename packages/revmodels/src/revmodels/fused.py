@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _module
 
 from revmodels.launch import is_fake, side_by_side
 
@@ -68,7 +68,10 @@ def may_fuse(norm: nn.Module, x: Tensor) -> bool:
         or norm._forward_pre_hooks
         or norm._backward_hooks
         or norm._backward_pre_hooks
-        or _has_any_global_hook()
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
         or not is_plain(x)
         or x.dtype not in _DTYPES
         or norm.weight.dtype != torch.float32
