@@ -1,7 +1,7 @@
 """The autocast state of a call, and calling again under the same.
 
-States are set directly: `torch.autocast` looks at its arguments for twenty microseconds, which a
-small branch takes altogether.
+States are set directly: what `torch.autocast` does around that is for its users, and this happens
+for each branch in each step.
 """
 
 from __future__ import annotations
