@@ -5,7 +5,8 @@
 A cell is a network, a data set, a recipe and a seed: one `revtrain train` in a process of its own,
 timed from the start of that process to its end. What it leaves (configuration, commit, versions,
 hardware, curve, times, memory) goes into a folder of `--results`; weights are kept of revnet38
-alone. The environment variable REVDATA_DIR names the folder of the data.
+alone, of seed 0 with the data set's own recipe. The environment variable REVDATA_DIR names the
+folder of the data.
 
 A cell whose folder has a summary is done and is passed over; one that failed leaves its last words
 there, and is tried again. One that was stopped goes on from its last checkpoint; its time from
@@ -30,7 +31,6 @@ from revtrain.run_folder import RunFolder
 RESULTS = Path(__file__).parent / "results" / "cells"
 NETS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
 _KEPT = ("config.json", "metrics.jsonl", "summary.json")
-_KEPT_WEIGHTS = ("revnet38",)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Cell:
     def name(self) -> str:
         parts = [self.data, self.net, Path(self.recipe).stem, f"seed{self.seed}", self.label]
         return "-".join(part for part in parts if part)
+
+    @property
+    def keeps_weights(self) -> bool:
+        own = self.recipe == self.data and not self.label
+        return own and self.net == "revnet38" and self.seed == 0
 
     def command(self, arguments: argparse.Namespace, folder: Path) -> list[str]:
         words = ["-m", "revtrain", "train", "--model", self.net, "--data", self.data]
@@ -126,7 +131,7 @@ def train(cell: Cell, arguments: argparse.Namespace) -> bool:
         print(f"{cell.name}: failed, {last_words[-1] if last_words else ''}", flush=True)
         return False
     names = [*_KEPT[:-1]]
-    if cell.net in _KEPT_WEIGHTS:
+    if cell.keeps_weights:
         names.append("model.safetensors")
     for name in names:
         shutil.copyfile(folder / name, kept / name)
@@ -135,7 +140,7 @@ def train(cell: Cell, arguments: argparse.Namespace) -> bool:
     # Last, because it marks the cell as done.
     summary = read_json(folder / _KEPT[-1]) | {"wall_seconds": None if resumed else seconds}
     write_json(kept / _KEPT[-1], summary)
-    if cell.net not in _KEPT_WEIGHTS:
+    if not cell.keeps_weights:
         (folder / "model.safetensors").unlink()
     accuracy = next(summary[key] for key in ("test_accuracy", "val_accuracy") if key in summary)
     print(f"{cell.name}: {accuracy:.2%} in {seconds:.0f} s", flush=True)

@@ -12,6 +12,7 @@ numbers: they cost what real ones cost. `--cpu` is for small sizes.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 import traceback
@@ -207,6 +208,7 @@ def memory(net: nn.Module, x: Tensor, labels: Tensor, way: Way) -> tuple[int | N
 
     with way.compiling():
         loss().backward()  # makes the gradients, which are no activations
+    gc.collect()  # or what is left of another way is freed amid the count
     try:
         if x.device.type != "cuda":
             if way.package == "memcnn":

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import revcore
 import revmodels
-from revmodels import launch
+from revmodels import fused, launch
 from revmodels.branches import make_branch
 from revmodels.fused import load
 
@@ -87,6 +87,21 @@ def test_what_is_compiled_is_what_a_step_launches(device, compiled, launched, ki
     assert needed <= ahead
     # Another loss has gradients of other dtypes at most.
     assert len(ahead - needed) <= 2
+
+
+def test_what_compares_the_kernels_with_torch_is_compiled_with_them(
+    device, compiled, launched, monkeypatch
+):
+    net, x = make_net("basic", device), batch("basic", device)
+    monkeypatch.setattr(fused, "_loaded", {})
+    revmodels.compile_ahead(net, x)
+    assert not launched
+    assert not fused._loaded  # nothing has been compared
+    ahead = {launch.kind_of(*what) for what in compiled}
+    assert load("passes", device.type) is passes
+    assert load("conv_passes", device.type) is conv_passes
+    assert launched
+    assert {launch.kind_of(*what) for what in launched} <= ahead
 
 
 def test_nothing_changes(device, compiled):

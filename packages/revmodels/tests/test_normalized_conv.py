@@ -9,6 +9,7 @@ from torch import nn
 
 import revcore
 import revmodels
+from revmodels import fused
 from revmodels.branches import Branch, make_branch
 from revmodels.fused import load
 from revmodels.normalized_conv import norm_relu_conv
@@ -240,15 +241,26 @@ def test_channels_that_are_no_eights_run_as_they_are(device, products):
     assert not products["convolve"]
 
 
+def test_large_convolutions_of_half_precision_run_as_they_are(device, monkeypatch):
+    layers, x = make_layers(16, 8, device, 3), batch(2, 16, 4, 4, device=device)
+    one_by_one = make_layers(16, 8, device)
+    monkeypatch.setattr(passes, "MOST_PRODUCTS", x.numel() * 8 - 1)
+    assert is_fused(norm_relu_conv(*layers, x))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert not is_fused(norm_relu_conv(*layers, x))
+        assert is_fused(norm_relu_conv(*one_by_one, x))
+        monkeypatch.setattr(passes, "MOST_PRODUCTS", x.numel() * 8)
+        assert is_fused(norm_relu_conv(*layers, x))
+
+
 def test_kernels_that_do_not_work_are_not_used(device, monkeypatch):
-    load.cache_clear()
+    monkeypatch.setattr(fused, "_loaded", {})
     convolve = passes.convolve
     monkeypatch.setattr(passes, "convolve", lambda *args, **kw: convolve(*args, **kw) * 1.1)
     layers, x = make_layers(16, 8, device), batch(2, 16, 4, 4, device=device)
     with pytest.warns(UserWarning, match="they give other results"):
         y = norm_relu_conv(*layers, x)
     assert not is_fused(y)
-    load.cache_clear()
 
 
 # In chains: the last convolution adds its result to the stream.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revmodels.fused import interpreted, load
+from revmodels.fused import compile_checks, interpreted
 from revmodels.launch import side_by_side
 
 
@@ -33,10 +33,9 @@ def compile_ahead(net: nn.Module, x: Tensor) -> None:
     fused = any(module.__dict__.get("fused") for module in net.modules())
     if not fused or not (x.is_cuda or interpreted()):
         return
-    if None in (load("passes", x.device.type), load("conv_passes", x.device.type)):
-        return
     # A net may need data, to look at a value, or be too deep. What came before is compiled then.
     with suppress(Exception), side_by_side() as mode:
+        compile_checks(x.device.type)
         memo: dict[int, Any] = {id(b): mode.from_tensor(b) for b in net.buffers()}
         for p in net.parameters():
             memo[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad)

@@ -22,8 +22,10 @@ ROWS = 64
 LEAST, MOST = 16, 64
 # Outputs of a 1x1 convolution: its gradients need all of a place in one program.
 MOST_OUTPUTS = 256
-# Channels and outputs of one of 3x3: with more, torch's kernels are better.
+# Channels and outputs of one of 3x3, and in half precision products for each of its nine places:
+# with more, torch's kernels are better.
 MOST_AROUND = 64
+MOST_PRODUCTS = 40_000_000
 # Programs of the first stage of a sum, and the numbers that they leave to the second.
 PROGRAMS = 264
 PROGRAMS_AROUND = 528
@@ -69,13 +71,26 @@ def row_stride(x: Tensor) -> int | None:
     return apart if same and apart >= x.shape[1] else None
 
 
-def can_convolve(channels: int, outputs: int, kernel_size: int) -> bool:
-    """Tells whether there are kernels for a convolution of stride 1 that keeps the image's size."""
+def can_convolve(x: Tensor, outputs: int, kernel_size: int, dtype: torch.dtype) -> bool:
+    """Tells whether there are kernels for a convolution of stride 1 that keeps the image's size.
+
+    Args:
+        x: Shape `(N, C, H, W)`.
+        outputs: Channels of the result.
+        kernel_size: Of the convolution.
+        dtype: In which the factors are multiplied.
+    """
+    channels = x.shape[1]
     if channels % 8 or outputs % 8:
         return False
     if kernel_size == 1:
         return outputs <= MOST_OUTPUTS
-    return kernel_size == 3 and max(channels, outputs) <= MOST_AROUND
+    products = x.numel() * outputs
+    return (
+        kernel_size == 3
+        and max(channels, outputs) <= MOST_AROUND
+        and (dtype == torch.float32 or products <= MOST_PRODUCTS)
+    )
 
 
 def can_add(base: Tensor, x: Tensor, kernel_size: int) -> bool:
@@ -123,16 +138,19 @@ def convolve(
     )
     added, apart = (x, 0) if base is None else (base, row_stride(base))
     columns, bits = _columns(outputs), 0 if grid is None else grid
+    # Narrow tiles of float32 leave room for more rows.
+    narrow = matrix.shape[-1] > 1 and _columns(channels) == columns == LEAST
+    high = 2 * ROWS if dtype == torch.float32 and narrow else ROWS
     # The kernel is the same whether somebody asks for the peak or not, and so are the bits.
     peak = torch.empty((), dtype=torch.float32, device=x.device) if peak is None else peak
     launch(
         kernels.convolve,
-        (triton.cdiv(outputs, columns), triton.cdiv(rows, ROWS)),
+        (triton.cdiv(outputs, columns), triton.cdiv(rows, high)),
         *(x, *by, matrix, added, out, peak),
         *(rows, height, width, channels // 8, outputs // 8, apart, float(sign)),
         *(2.0**bits, 2.0**-bits, 2.0 ** (24 - bits)),
         *(matrix.shape[-1], base is not None, grid is not None),
-        *(*_product(dtype), ROWS, _columns(channels), columns),
+        *(*_product(dtype), high, _columns(channels), columns),
     )
     return out
 

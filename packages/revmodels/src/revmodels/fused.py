@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from revmodels.launch import is_fake, side_by_side
+from revmodels.launch import is_compiling_ahead, is_fake, side_by_side
 
+# Those of this package that have kernels.
+MODULES = ("passes", "conv_passes")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -92,7 +94,9 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor or is_fake(x)
 
 
-@functools.cache
+_loaded: dict[tuple[str, str], ModuleType | None] = {}
+
+
 def load(name: str, device: str) -> ModuleType | None:
     """Returns a module with kernels, if they work on this kind of device.
 
@@ -104,39 +108,57 @@ def load(name: str, device: str) -> ModuleType | None:
     Raises:
         RuntimeError: If this is the first call, amid the capture of a CUDA graph.
     """
+    if (name, device) in _loaded:
+        return _loaded[name, device]
+    if is_compiling_ahead():  # without data there is nothing to compare
+        return _find(name)
     if device == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the kernels of revmodels.{name} are compiled when they run first, which must not be "
             "while a CUDA graph is being captured: run a step before"
         )
-    try:
-        found = importlib.import_module(f"revmodels.{name}")
-    except ImportError:  # Triton may be missing
-        return None
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device, enabled=False),
-        ):
-            if device == "cuda":
-                _compile_check(found)
-            error = None if found.check(device) else "they give other results"
-    except Exception as raised:  # noqa: BLE001 - a compiler, or a driver, or a GPU that is too old
-        error = f"they do not compile: {raised}"
-    if error is not None:
-        warnings.warn(
-            f"networks run without the kernels of revmodels.{name} here, because {error}",
-            stacklevel=2,
-        )
-        return None
+    found = _find(name)
+    if found is not None:
+        if device == "cuda":
+            with suppress(Exception), side_by_side():
+                _check(found, device)
+        try:
+            error = None if _check(found, device) else "they give other results"
+        except Exception as raised:  # noqa: BLE001 - a compiler, or a driver, or a GPU that is too old
+            error = f"they do not compile: {raised}"
+        if error is not None:
+            warnings.warn(
+                f"networks run without the kernels of revmodels.{name} here, because {error}",
+                stacklevel=2,
+            )
+            found = None
+    _loaded[name, device] = found
     return found
 
 
-def _compile_check(found: ModuleType) -> None:
-    """Compiles side by side what `check` launches before it looks at a result."""
-    with suppress(Exception), side_by_side():
-        found.check("cuda")
+def compile_checks(device: str) -> None:
+    """Compiles ahead what `load` will launch to compare kernels with torch, if it has not yet."""
+    for name in MODULES:
+        if (name, device) not in _loaded:
+            with suppress(Exception):  # `load` will say what is wrong
+                _check(importlib.import_module(f"revmodels.{name}"), device)
+
+
+def _find(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"revmodels.{name}")
+    except ImportError:  # Triton may be missing
+        return None
+
+
+def _check(found: ModuleType, device: str) -> bool:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device, enabled=False),
+    ):
+        agrees: bool = found.check(device)
+        return agrees
 
 
 @functools.cache

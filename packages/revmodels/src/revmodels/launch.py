@@ -82,6 +82,11 @@ def kind_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) ->
     return (id(kernel), *kinds, *options.items())
 
 
+def is_compiling_ahead() -> bool:
+    """Tells whether this is amid `side_by_side`."""
+    return _compiler is not None
+
+
 def is_fake(x: Tensor) -> bool:
     """Tells whether a tensor is one of `side_by_side`."""
     if _compiler is None:

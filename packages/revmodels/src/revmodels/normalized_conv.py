@@ -125,16 +125,19 @@ def _product_dtype(conv: Any, x: Tensor, kernels: Any) -> torch.dtype | None:
         or conv._backward_hooks
         or conv._backward_pre_hooks
         or conv.in_channels != x.shape[1]
-        or not kernels.can_convolve(conv.in_channels, conv.out_channels, conv.kernel_size[0])
         or conv.weight.device != x.device
         or conv.weight.dtype not in _DTYPES
         or not conv.weight.permute(0, 2, 3, 1).is_contiguous()
     ):
         return None
     kind: str = x.device.type
+    dtype: torch.dtype = x.dtype
     if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype if conv.weight.dtype == x.dtype else None
+        dtype = torch.get_autocast_dtype(kind)
+    elif conv.weight.dtype != x.dtype:
+        return None
+    able = kernels.can_convolve(x, conv.out_channels, conv.kernel_size[0], dtype)
+    return dtype if able else None
 
 
 def _fits(to: Destination, conv: Any, x: Tensor, dtype: torch.dtype, kernels: Any) -> bool:
