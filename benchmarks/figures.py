@@ -96,31 +96,52 @@ def numerics(axes: Axes, colors: list[str]) -> None:
 
 
 def curves(data: str) -> Callable[[Axes, list[str]], None]:
-    """Returns what draws test accuracy over the epochs of the runs with seed 0 on some data."""
+    """Returns what draws test accuracy over the epochs, of seed 0 with the data set's recipe."""
 
     def draw_curves(axes: Axes, colors: list[str]) -> None:
-        runs = []
-        for file in sorted(RESULTS.glob(f"cells/{data}-*-seed0/summary.json")):
-            summary = json.loads(file.read_text(encoding="utf-8"))
-            if "test_accuracy" in summary:  # not one of the search for a recipe
-                runs.append((file, summary))
-        models = [summary["model"] for _, summary in runs]
-        for number, (file, summary) in enumerate(runs):
-            lines = file.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        for number, file in enumerate(sorted(RESULTS.glob(f"cells/{_curves(data)}"))):
+            summary = json.loads(file.with_name("summary.json").read_text(encoding="utf-8"))
+            lines = file.read_text(encoding="utf-8").splitlines()
             points = [json.loads(line) for line in lines]
-            several = models.count(summary["model"]) > 1
-            recipe = f", {Path(summary['recipe']).stem}" if several else ""
             axes.plot(
                 [point["epoch"] for point in points],
                 [100 * point["test_accuracy"] for point in points],
                 ("-", "--", ":", "-.")[number // len(colors) % 4],
                 c=colors[number % len(colors)],
-                label=f"{summary['model']}{recipe}, {100 * summary['test_accuracy']:.2f} %",
+                label=f"{summary['model']}, {100 * summary['test_accuracy']:.2f} %",
             )
         axes.set(xlabel="epoch", ylabel=f"{data}: test accuracy, %")
         axes.legend(loc="lower right", fontsize=9)
 
     return draw_curves
+
+
+def _curves(data: str) -> str:
+    return f"{data}-*-{data}-seed0/metrics.jsonl"
+
+
+def stored(data: str) -> Callable[[Axes, list[str]], None]:
+    """Returns what draws the loss of RevNet-38, reversed and stored, with the same seed."""
+
+    def draw_stored(axes: Axes, colors: list[str]) -> None:
+        folder = RESULTS / "cells" / f"{data}-revnet38-{data}-seed0"
+        for number, (name, path) in enumerate(
+            (("reversed", folder), ("stored", folder.with_name(folder.name + "-stored")))
+        ):
+            lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            points = [json.loads(line) for line in lines]
+            for key, style in (("train_loss", "-"), ("test_loss", ":")):
+                axes.plot(
+                    [point["epoch"] for point in points],
+                    [point[key] for point in points],
+                    style,
+                    c=colors[number],
+                    label=f"{name}, {key.partition('_')[0]}",
+                )
+        axes.set(xlabel="epoch", ylabel=f"{data}: loss of revnet38")
+        axes.legend(fontsize=9)
+
+    return draw_stored
 
 
 def steps(key: str, scale: float, label: str) -> Callable[[Axes, list[str]], None]:
@@ -179,8 +200,18 @@ FIGURES: dict[str, tuple[Callable[[Axes, list[str]], None], str, tuple[float, fl
     "memory": (memory, "depth.json", (6.4, 3.2)),
     "time": (time, "depth.json", (6.4, 3.2)),
     "numerics": (numerics, "numerics.json", (7.6, 3.4)),
-    "curves-cifar10": (curves("cifar10"), "cells/cifar10-*-seed0/metrics.jsonl", (6.4, 3.2)),
-    "curves-cifar100": (curves("cifar100"), "cells/cifar100-*-seed0/metrics.jsonl", (6.4, 3.2)),
+    "curves-cifar10": (curves("cifar10"), f"cells/{_curves('cifar10')}", (6.4, 3.2)),
+    "curves-cifar100": (curves("cifar100"), f"cells/{_curves('cifar100')}", (6.4, 3.2)),
+    "stored-cifar10": (
+        stored("cifar10"),
+        "cells/cifar10-revnet38-cifar10-seed0*/metrics.jsonl",
+        (6.4, 3.2),
+    ),
+    "stored-cifar100": (
+        stored("cifar100"),
+        "cells/cifar100-revnet38-cifar100-seed0*/metrics.jsonl",
+        (6.4, 3.2),
+    ),
     "step-time": (steps("step_ms", 1, "ms a step"), STEPS, (6.4, 4.2)),
     "step-memory": (steps("kept_bytes", 1e-6, "MB kept for the backward pass"), STEPS, (6.4, 4.2)),
     "batch-memory": (batch_memory, BATCHES, (7.6, 3.4)),

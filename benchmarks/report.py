@@ -51,6 +51,7 @@ def fill(text: str) -> str:
         "digits": depth.digits,
         "kernels": speed.kernels,
         "loaders": speed.loaders,
+        "memory": runs.memory,
         "overhead": speed.overhead,
         "errors": depth.errors,
         "gradients": depth.gradients,
@@ -62,6 +63,7 @@ def fill(text: str) -> str:
         "study": runs.study,
         "twins": runs.twins,
         "steps": speed.steps,
+        "stored": runs.stored,
         "ten_thousand": speed.ten_thousand,
         "several": trust.several_gpus,
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ def main() -> None:
 def used() -> int | None:
     """Returns the memory in use before a process of ours is there, if nvidia-smi can tell."""
     words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    # It numbers all devices of the machine, whichever are visible to programs.
+    words += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -9,7 +9,16 @@ from typing import Any
 
 import figures
 
-from tables.records import RESULTS, ROOT, hardware, machine, read, table, title
+from tables.records import (
+    RESULTS,
+    ROOT,
+    hardware,
+    machine,
+    picture,
+    read,
+    table,
+    title,
+)
 
 # The better of two, in %: Gomez et al. (2017) and MemCNN (van de Leemput et al., 2019).
 PUBLISHED = {
@@ -25,6 +34,16 @@ PUBLISHED = {
     ("cifar100", "revnet38"): (71.17, 69.90),
     ("cifar100", "revnet110"): (74.00, 73.30),
     ("cifar100", "revnet164"): (76.39, 76.90),
+}
+# MemCNN's, at a batch of 100 on a GTX 1080, in MiB: of its activations after the forward pass, and
+# as the driver told it in training.
+MEMCNN_MEMORY = {
+    "resnet32": (238.6, 766),
+    "resnet110": (810.7, 1357),
+    "resnet164": (2452.8, 3083),
+    "revnet38": (85.6, 677),
+    "revnet110": (85.7, 706),
+    "revnet164": (432.7, 1226),
 }
 
 
@@ -63,6 +82,7 @@ def runs(*, link: bool = True) -> str:
 def cells() -> str:
     """Returns the cells of the results table: the mean over all seeds of a recipe."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    first: dict[tuple[str, str], float] = {}
     failures = len(list(RESULTS.glob("cells/*/failure-*.json")))
     for file in sorted(RESULTS.glob("cells/*/summary.json")):
         summary = json.loads(file.read_text(encoding="utf-8"))
@@ -71,7 +91,12 @@ def cells() -> str:
         # What is trained in another way has a word of its own at the end of its name.
         label = file.parent.name.partition(f"seed{summary['seed']}")[2].lstrip("-")
         recipe = Path(summary["recipe"]).stem + (f" ({label})" if label else "")
-        groups.setdefault((summary["data"], summary["model"], recipe), []).append(summary)
+        config = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
+        summary["device"] = config["hardware"].get("device_name", "CPU").split()[1]
+        cell = summary["data"], summary["model"]
+        groups.setdefault((*cell, recipe), []).append(summary)
+        if recipe == summary["data"] and summary["seed"] == 0 and summary["wall_seconds"]:
+            first[cell] = summary["wall_seconds"]
     rows = []
     for (data, model, recipe), runs in groups.items():
         accuracies = [100 * run["test_accuracy"] for run in runs]
@@ -85,13 +110,18 @@ def cells() -> str:
                 # Unknown of a run that was stopped and went on.
                 f"{statistics.mean(timed):,.0f}" if timed else "",
                 f"{max(run['peak_memory_bytes'] for run in runs) / 1e6:,.0f}",
+                " and ".join(sorted({run["device"] for run in runs})),
             ]
         )
     if not rows:
         return "No record yet."
-    header = "network, recipe, test accuracy %, runs, published %, seconds, peak MB"
+    header = "network, recipe, test accuracy %, runs, published %, seconds, peak MB, GPU"
+    together = (
+        f"\n\nThe {len(first)} networks with their data set's recipe and seed 0 took "
+        f"{sum(first.values()) / 60:.1f} minutes together."
+    )
     failed = f"\n\nRuns that failed: {failures}, their records are beside these."
-    return table(header, rows) + (failed if failures else "")
+    return table(header, rows) + together + (failed if failures else "")
 
 
 def study() -> str:
@@ -132,6 +162,47 @@ def curves() -> str:
         if figures.source(f"curves-{data}")
         for theme in figures.THEMES
     )
+
+
+def memory() -> str:
+    """Returns the memory of each network in training, beside MemCNN's."""
+    record = read("training-memory-h200.json")
+    rows = []
+    for row in record["rows"]:
+        kept, driver = MEMCNN_MEMORY[row["net"]]
+        rows.append(
+            [
+                *(row["net"], f"{row['kept_bytes'] / 2**20:,.1f}", f"{kept:,}"),
+                f"{row['peak_bytes'] / 2**20:,.1f}",
+                *(f"{row[f'driver_bytes_{way}'] / 2**20:,.0f}" for way in ("graph", "eager")),
+                f"{driver:,}",
+            ]
+        )
+    header = (
+        "network, kept MiB, MemCNN's, peak MiB, driver MiB as a graph, driver MiB eager, MemCNN's"
+    )
+    text = (
+        f"Batch of {record['batch_size']}, float32, on {machine(record)}, by `{record['command']}`:"
+    )
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def stored() -> str:
+    """Returns how RevNet-38 did with the same seed, reversed and stored, and the curves."""
+    parts = []
+    for data in ("cifar10", "cifar100"):
+        pair = [
+            read(f"cells/{data}-revnet38-{data}-seed0{label}/summary.json")
+            for label in ("", "-stored")
+        ]
+        reversed_, kept = (100 * one["test_accuracy"] for one in pair)
+        parts.append(
+            f"{data}: {reversed_:.2f} % reversed and {kept:.2f} % stored, "
+            f"{reversed_ - kept:+.2f} %; peak {pair[0]['peak_memory_bytes'] / 1e6:,.0f} and "
+            f"{pair[1]['peak_memory_bytes'] / 1e6:,.0f} MB.\n\n"
+            + picture(f"Loss of the two runs, {data}", f"stored-{data}")
+        )
+    return "\n\n".join(parts)
 
 
 def twins() -> str:

@@ -118,9 +118,10 @@ def kernels() -> str:
             for kind in names
         ]
         rows.append(["whole step"] + [f"{way['step_ms']:.2f}" for way in record["ways"].values()])
+        ways = ", ".join(way.replace(",", "") for way in record["ways"])
         parts.append(
-            f"{title(record)}, milliseconds (launches) a step, on {machine(record)}, by "
-            f"`{record['command']}`:\n\n" + table(f"kernels, {', '.join(record['ways'])}", rows)
+            f"{title(record)}, milliseconds (launches) a step, on {hardware(record)}, by "
+            f"`{record['command']}`:\n\n" + table(f"kernels, {ways}", rows)
         )
     return "\n\n".join(parts) or "No record yet."
 
