@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, compile
 import triton.language as tl
 from revmodels import conv_kernels, conv_passes, kernels, passes
 
-sizes = ["size", "width", "height", "rows", "apart", "steps", "parts"]
+sizes = ["size", "width", "rows", "apart", "steps", "parts"]
 integers = dict.fromkeys([*sizes, "channels", "eights", "output_eights"], "i32")
 floats = dict.fromkeys(["share", "momentum", "eps", "sign", "finer", "coarser", "limit"], "fp32")
 tile = {"ROWS": passes.ROWS, "COLUMNS": passes.COLUMNS}
@@ -31,7 +31,7 @@ VARIANTS = {
 }
 product = {"DTYPE": tl.bfloat16, "PRECISION": "tf32"}
 product |= {"ROWS": conv_passes.ROWS, "CHANNELS": 64, "OUTPUTS": 64}
-around = product | {"KERNEL": 3}
+around = product | {"KERNEL": 3, "HEIGHT": 8, "WIDTH": 8}
 CONVOLUTIONS = {
     "convolve": around | {"ADD": True, "GRID": True},
     "gradient_sums": product,

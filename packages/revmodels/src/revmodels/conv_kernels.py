@@ -35,12 +35,25 @@ def _relu(value):
 
 
 @triton.jit
-def _neighbor(tap, row, position, height, width, KERNEL: tl.constexpr, SIGN: tl.constexpr):
+def _normalize(value, center, scale, shift):
+    return _relu((value.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :])
+
+
+@triton.jit
+def _neighbor(
+    tap,
+    row,
+    position,
+    KERNEL: tl.constexpr,
+    SIGN: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """How many rows away a tap's place is, and whether it is in the image."""
     down = (tap // KERNEL - KERNEL // 2) * SIGN
     across = (tap % KERNEL - KERNEL // 2) * SIGN
-    y, x = (position // width) % height + down, position % width + across
-    return row + down * width + across, (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = (position // WIDTH) % HEIGHT + down, position % WIDTH + across
+    return row + down * WIDTH + across, (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
 
 
 @triton.jit
@@ -65,8 +78,6 @@ def convolve(
     out,
     peak,
     rows,
-    height,
-    width,
     eights,
     output_eights,
     apart,
@@ -75,6 +86,8 @@ def convolve(
     coarser,
     limit,
     KERNEL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     ADD: tl.constexpr,
     GRID: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -93,30 +106,42 @@ def convolve(
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     begin = tl.program_id(1).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
-    position = (begin % (height * width)).to(tl.int32) + row
+    position = (begin % (HEIGHT * WIDTH)).to(tl.int32) + row
     within, wanted = row < rows - begin, output < outputs
     x += begin * channels
-    blocks = tl.cdiv(channels, CHANNELS)
     total = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for step in range(KERNEL * KERNEL * blocks):
-        tap, channel = step // blocks, (step % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    if KERNEL == 1:
+        for start in range(0, channels, CHANNELS):
+            channel = start + tl.arange(0, CHANNELS)
+            inside = channel < channels
+            center, scale, shift, _ = _load_scale(mean, inverse, weight, bias, channel, inside)
+            value = tl.load(
+                x + row[:, None] * channels + channel[None, :],
+                mask=within[:, None] & inside[None, :],
+                other=0.0,
+            )
+            normal = _normalize(value, center, scale, shift)
+            factor_place = output[None, :] * channels + channel[:, None]
+            factor = tl.load(
+                matrix + factor_place, mask=wanted[None, :] & inside[:, None], other=0.0
+            )
+            total = tl.dot(normal.to(DTYPE), factor.to(DTYPE), total, input_precision=PRECISION)
+    else:  # all channels are in one tile
+        channel = tl.arange(0, CHANNELS)
         inside = channel < channels
-        place, seen = row, within
-        if KERNEL > 1:
-            place, seen = _neighbor(tap, row, position, height, width, KERNEL, 1)
-            seen = seen & within
-        valid = seen[:, None] & inside[None, :]
         center, scale, shift, _ = _load_scale(mean, inverse, weight, bias, channel, inside)
-        value = tl.load(x + place[:, None] * channels + channel[None, :], mask=valid, other=0.0)
-        normal = _relu((value.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :])
-        if KERNEL > 1:
+        for tap in range(KERNEL * KERNEL):
+            place, seen = _neighbor(tap, row, position, KERNEL, 1, HEIGHT, WIDTH)
+            valid = (seen & within)[:, None] & inside[None, :]
+            value = tl.load(x + place[:, None] * channels + channel[None, :], mask=valid, other=0.0)
+            normal = _normalize(value, center, scale, shift)
             normal = tl.where(valid, normal, 0.0)  # beside the image there is nothing
-        factor = tl.load(
-            matrix + (output[None, :] * (KERNEL * KERNEL) + tap) * channels + channel[:, None],
-            mask=wanted[None, :] & inside[:, None],
-            other=0.0,
-        )
-        total = tl.dot(normal.to(DTYPE), factor.to(DTYPE), total, input_precision=PRECISION)
+            factor = tl.load(
+                matrix + (output[None, :] * (KERNEL * KERNEL) + tap) * channels + channel[:, None],
+                mask=wanted[None, :] & inside[:, None],
+                other=0.0,
+            )
+            total = tl.dot(normal.to(DTYPE), factor.to(DTYPE), total, input_precision=PRECISION)
     valid = within[:, None] & wanted[None, :]
     if ADD:
         place = row[:, None] * apart + output[None, :]
@@ -316,12 +341,12 @@ def activation_gradient(
     out,
     partial,
     rows,
-    height,
-    width,
     eights,
     output_eights,
     steps,
     KERNEL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -339,17 +364,16 @@ def activation_gradient(
     inside = channel < channels
     center, scale, shift, spread = _load_scale(mean, inverse, weight, bias, channel, inside)
     begin = part.to(tl.int64) * steps * ROWS
-    blocks = tl.cdiv(outputs, OUTPUTS)
+    position = (begin % (HEIGHT * WIDTH)).to(tl.int32) + row
+    output = tl.arange(0, OUTPUTS)
+    wanted = output < outputs
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     product = tl.zeros([ROWS, CHANNELS], tl.float32)
     for _ in range(steps):
-        position = (begin % (height * width)).to(tl.int32) + row
         within = row < rows - begin
         of_normal = tl.zeros([ROWS, CHANNELS], tl.float32)
-        for step in range(KERNEL * KERNEL * blocks):
-            tap, output = step // blocks, (step % blocks) * OUTPUTS + tl.arange(0, OUTPUTS)
-            wanted = output < outputs
-            place, seen = _neighbor(tap, row, position, height, width, KERNEL, -1)
+        for tap in range(KERNEL * KERNEL):
+            place, seen = _neighbor(tap, row, position, KERNEL, -1, HEIGHT, WIDTH)
             slope = tl.load(
                 grad + begin * outputs + place[:, None] * outputs + output[None, :],
                 mask=(seen & within)[:, None] & wanted[None, :],
@@ -371,6 +395,7 @@ def activation_gradient(
         product += of_normal * centered
         tl.store(out + place, of_normal.to(out.dtype.element_ty), mask=valid)
         begin += ROWS
+        position += ROWS
     partial += part * channels
     tl.store(partial + channel, tl.sum(total, 0), mask=inside)
     partial += tl.num_programs(1) * channels
@@ -387,12 +412,12 @@ def matrix_gradient(
     bias,
     partial,
     rows,
-    height,
-    width,
     eights,
     output_eights,
     steps,
     KERNEL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -402,18 +427,16 @@ def matrix_gradient(
     """The gradient of the weight, for one tap and one part of the rows each."""
     channels, outputs = eights * 8, output_eights * 8
     tap, part = tl.program_id(0), tl.program_id(1)
-    blocks = tl.cdiv(outputs, OUTPUTS)
-    output = (tl.program_id(2) % blocks) * OUTPUTS + tl.arange(0, OUTPUTS)
-    channel = (tl.program_id(2) // blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    output, channel = tl.arange(0, OUTPUTS), tl.arange(0, CHANNELS)
     inside, wanted, row = channel < channels, output < outputs, tl.arange(0, ROWS)
     center, scale, shift, _ = _load_scale(mean, inverse, weight, bias, channel, inside)
     begin = part.to(tl.int64) * steps * ROWS
-    total = tl.zeros([OUTPUTS, CHANNELS], tl.float32)
+    position = (begin % (HEIGHT * WIDTH)).to(tl.int32) + row
+    total = tl.zeros([CHANNELS, OUTPUTS], tl.float32)
     for step in range(steps):
         first = begin + step * ROWS
-        position = (first % (height * width)).to(tl.int32) + row
         within = row < rows - first
-        place, seen = _neighbor(tap, row, position, height, width, KERNEL, -1)
+        place, seen = _neighbor(tap, row, position, KERNEL, -1, HEIGHT, WIDTH)
         slope = tl.load(
             grad + first * outputs + place[:, None] * outputs + output[None, :],
             mask=(seen & within)[:, None] & wanted[None, :],
@@ -426,11 +449,12 @@ def matrix_gradient(
         )
         normal = (value.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :]
         total = tl.dot(
-            tl.trans(slope.to(DTYPE)),
-            _relu(normal).to(DTYPE),
+            tl.trans(_relu(normal).to(DTYPE)),
+            slope.to(DTYPE),
             total,
             input_precision=PRECISION,
         )
+        position += ROWS
     place = (output[:, None] * (KERNEL * KERNEL) + tap) * channels + channel[None, :]
     partial += part * outputs * KERNEL * KERNEL * channels
-    tl.store(partial + place, total, mask=wanted[:, None] & inside[None, :])
+    tl.store(partial + place, tl.trans(total), mask=wanted[:, None] & inside[None, :])

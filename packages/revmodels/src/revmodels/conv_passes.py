@@ -18,6 +18,10 @@ from revmodels.passes import Normalization, input_gradient, merge_sums
 
 # Rows of a tile: few enough for small images to occupy a GPU.
 ROWS = 64
+# Rows and warps of the tiles of 3x3 by columns, in float32 and in half precision: those for which
+# the compiled kernels have the fewest instructions, and registers for several of them at once.
+CONVOLVE = {16: ((64, 4), (64, 4)), 32: ((32, 4), (64, 8)), 64: ((32, 4), (64, 8))}
+ACTIVATION = {16: ((64, 4), (64, 4)), 32: ((64, 8), (64, 4)), 64: ((32, 8), (64, 8))}
 # Columns of a tile, at least and at most; tensor cores take no fewer.
 LEAST, MOST = 16, 64
 # Outputs of a 1x1 convolution: its gradients need all of a place in one program.
@@ -138,19 +142,21 @@ def convolve(
     )
     added, apart = (x, 0) if base is None else (base, row_stride(base))
     columns, bits = _columns(outputs), 0 if grid is None else grid
-    # Narrow tiles of float32 leave room for more rows.
-    narrow = matrix.shape[-1] > 1 and _columns(channels) == columns == LEAST
-    high = 2 * ROWS if dtype == torch.float32 and narrow else ROWS
     # The kernel is the same whether somebody asks for the peak or not, and so are the bits.
     peak = torch.empty((), dtype=torch.float32, device=x.device) if peak is None else peak
+    kernel_size, image, high, warps = matrix.shape[-1], (1, 1), ROWS, 4
+    if kernel_size > 1:
+        image = height, width
+        high, warps = CONVOLVE[_columns(channels)][dtype != torch.float32]
     launch(
         kernels.convolve,
         (triton.cdiv(outputs, columns), triton.cdiv(rows, high)),
         *(x, *by, matrix, added, out, peak),
-        *(rows, height, width, channels // 8, outputs // 8, apart, float(sign)),
+        *(rows, channels // 8, outputs // 8, apart, float(sign)),
         *(2.0**bits, 2.0**-bits, 2.0 ** (24 - bits)),
-        *(matrix.shape[-1], base is not None, grid is not None),
+        *(kernel_size, *image, base is not None, grid is not None),
         *(*_product(dtype), high, _columns(channels), columns),
+        num_warps=warps,
     )
     return out
 
@@ -197,14 +203,16 @@ def _gradients(
     # A program holds the matrix's gradient: `all_outputs * some` sums.
     some = min(_columns(channels), max(LEAST, 8192 // all_outputs))
     blocks, table = triton.cdiv(channels, some), (outputs + 2) * channels
-    steps, parts = _parts(rows, ROWS, PROGRAMS // blocks, table)
+    # It also holds two sums for each value of a tile.
+    high = ROWS if some < MOST else ROWS // 2
+    steps, parts = _parts(rows, high, PROGRAMS // blocks, table)
     partial = x.new_empty((parts, table), dtype=torch.float32)
     launch(
         kernels.gradient_sums,
         (blocks, parts),
         *(grad, x, *by, matrix, partial, rows, channels // 8, outputs // 8, steps),
-        *(*product, ROWS, some, all_outputs),
-        num_warps=4 if all_outputs * some <= 2048 else 8,
+        *(*product, high, some, all_outputs),
+        num_warps=8 if some == MOST or all_outputs * some > 2048 else 4,
     )
     of_matrix = torch.empty_like(matrix)
     grad_weight, grad_bias = partial.new_empty((2, channels)).unbind()
@@ -243,31 +251,29 @@ def _gradients_around(
     """Those of 3x3. Nine products give the gradient of what was normalized, which is written."""
     n, channels, height, width = x.shape
     outputs, kernel_size = matrix.shape[0], matrix.shape[-1]
-    rows, product, columns = n * height * width, _product(dtype), _columns(channels)
-    sizes = (rows, height, width, channels // 8, outputs // 8)
-    blocks, taps = triton.cdiv(channels, columns), kernel_size**2
-    # Wide tiles of float32 leave a program too few registers.
-    high = 32 if dtype == torch.float32 and columns > LEAST else ROWS
-    steps, parts = _parts(rows, high, PROGRAMS_AROUND // blocks, 2 * channels)
+    rows, tiles = n * height * width, (_columns(channels), _columns(outputs))
+    sizes, constants = (rows, channels // 8, outputs // 8), (kernel_size, height, width)
+    high, warps = ACTIVATION[tiles[0]][dtype != torch.float32]
+    steps, parts = _parts(rows, high, PROGRAMS_AROUND, 2 * channels)
     of_normal = torch.empty_like(x, dtype=dtype)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
     launch(
         kernels.activation_gradient,
-        (blocks, parts),
+        (1, parts),
         *(grad, x, *by, matrix, of_normal, partial, *sizes, steps),
-        *(kernel_size, *product, high, columns, _columns(outputs)),
-        num_warps=8 if high * columns >= ROWS * MOST else 4,
+        *(*constants, *_product(dtype), high, *tiles),
+        num_warps=warps,
     )
     of_affine = merge_sums(partial, parts, channels)
 
-    blocks *= triton.cdiv(outputs, _columns(outputs))
-    steps, parts = _parts(rows, high, PROGRAMS_AROUND // (taps * blocks), matrix.numel())
+    high, taps = ROWS // 2 if dtype == torch.float32 else ROWS, kernel_size**2
+    steps, parts = _parts(rows, high, PROGRAMS_AROUND // taps, matrix.numel())
     partial = x.new_empty((parts, matrix.numel()), dtype=torch.float32)
     launch(
         kernels.matrix_gradient,
-        (taps, parts, blocks),
+        (taps, parts),
         *(grad, x, *by, partial, *sizes, steps),
-        *(kernel_size, *product, high, columns, _columns(outputs)),
+        *(*constants, *_product(dtype), high, *tiles),
     )
     of_matrix = torch.empty_like(matrix)
     launch(
