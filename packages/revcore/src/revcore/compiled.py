@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
+from revcore.graph import ForeignLeafError, refuse_foreign_leaves
 from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.step import Pullback, Step
 from revcore.streams import Streams
@@ -221,35 +222,49 @@ class _Traced(NamedTuple):
         return t, lambda grad: pull(grad.to(t.dtype))
 
 
-def draws(
+def find_fault(
     steps: Sequence[Step],
     shapes: Sequence[Sequence[int]],
     dtypes: Sequence[torch.dtype],
     device: str,
     names: Sequence[str],
-) -> bool:
-    """Runs steps on tensors without data, to see whether one draws random numbers.
+    *,
+    constants: Mapping[str, Any],
+) -> str:
+    """Runs steps on tensors without data, to see whether they can be repeated.
 
     Args:
         steps: What to run.
         shapes: Shapes of the streams, then of the arguments.
         dtypes: Their dtypes.
         device: Their device.
-        names: Names of the arguments.
+        names: Names of the arguments that are tensors.
+        constants: The other arguments.
+
+    Returns:
+        What is wrong: a branch draws random numbers, or a tensor would get no gradient. Else
+        nothing.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), RefuseRandomness(RANDOM):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), RefuseRandomness(RANDOM):
         tensors = [
             torch.empty(shape, dtype=dtype, device=device)
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
         count = len(tensors) - len(names)
-        streams, kwargs = tensors[:count], dict(zip(names, tensors[count:], strict=True))
+        streams = tensors[:count]
+        kwargs = {**constants, **dict(zip(names, tensors[count:], strict=True))}
+        known = [parameter for step in steps for parameter in step.branch.parameters()]
         try:
             for step in steps:
                 step.apply(_Function(step, kwargs=kwargs), streams)
+            for stream in streams:
+                if stream.requires_grad:
+                    refuse_foreign_leaves(stream, known, "a branch or a coupling")
         except RandomnessError:
-            return True
-    return False
+            return RANDOM
+        except ForeignLeafError as error:
+            return str(error)
+    return ""
 
 
 def _repeated_buffers(branch: nn.Module) -> list[str]:

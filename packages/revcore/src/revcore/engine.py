@@ -240,7 +240,7 @@ def _run_each(
 def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
     t = _run_alone(step, kwargs, x)
     if t.requires_grad:
-        refuse_foreign_leaves(t, (), step.branch)
+        refuse_foreign_leaves(t, (), f"branch {type(step.branch).__name__}")
     return t
 
 

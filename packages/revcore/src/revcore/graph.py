@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,14 @@ from revcore.survey import Survey
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 _Leaf = torch._C._functions.AccumulateGrad
 
-# How many nodes the last graph of a branch had, and how many leaves it was allowed. As long as
-# both stay, the graph is not walked again.
-_walked: WeakKeyDictionary[nn.Module, tuple[int | None, int]] = WeakKeyDictionary()
+# Branches whose attributes have been looked at for side results.
+_searched: WeakSet[nn.Module] = WeakSet()
 
 
 def differentiate(
     t: Tensor,
     inputs: tuple[Tensor | None, ...],
     survey: Survey,
-    nodes: int | None,
     grad: Tensor,
 ) -> Sequence[Tensor | None]:
     """Takes the gradient of a branch's output to those of its inputs.
@@ -34,7 +32,6 @@ def differentiate(
         inputs: First the branch's input, None if it needs no gradient, then all else that needs
             one.
         survey: That of the branch.
-        nodes: Number of nodes of the graph; None if another graph may have as many.
         grad: Gradient of the output.
 
     Returns:
@@ -44,10 +41,12 @@ def differentiate(
         RuntimeError: If the graph ends in a tensor that is not among these.
     """
     wanted: Any = inputs if inputs[0] is not None else inputs[1:]
-    if not wanted or not t.requires_grad:
+    if not t.requires_grad:
         return [None] * len(inputs)
-    if nodes is None or survey.walked != (nodes, len(wanted)):
-        _walk(t, wanted, survey, nodes)
+    if not (survey.known and survey.walked):
+        _walk(t, wanted, survey)
+    if not wanted:
+        return [None] * len(inputs)
     if grad.dtype != t.dtype:
         grad = grad.to(t.dtype)
     # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:
@@ -56,15 +55,13 @@ def differentiate(
     return found if wanted is inputs else (None, *found)
 
 
-def _walk(t: Tensor, wanted: Sequence[Tensor], survey: Survey, nodes: int | None) -> None:
+def _walk(t: Tensor, wanted: Sequence[Tensor], survey: Survey) -> None:
     branch = survey.modules[0]
-    known = _walked.get(branch)
-    survey.walked = now = (nodes, len(wanted))
-    if nodes is None or known != now:
-        refuse_foreign_leaves(t, wanted, branch)
-        if known is None:
-            _warn_of_side_results(branch)
-        _walked[branch] = now
+    survey.walked = True
+    refuse_foreign_leaves(t, wanted, f"branch {type(branch).__name__}")
+    if branch not in _searched:
+        _searched.add(branch)
+        _warn_of_side_results(branch)
 
 
 def _warn_of_side_results(branch: nn.Module) -> None:
@@ -84,7 +81,11 @@ def _warn_of_side_results(branch: nn.Module) -> None:
                 )
 
 
-def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module) -> None:
+class ForeignLeafError(RuntimeError):
+    """A graph ends in a tensor that would get no gradient."""
+
+
+def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None:
     """Raises if the graph of `t` ends in a tensor that would get no gradient.
 
     The gradient of a step goes to its streams, to the branch's parameters and to the extra
@@ -92,12 +93,12 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module)
     silence.
 
     Args:
-        t: Output of a branch, with its graph.
+        t: A result, with its graph.
         known: The leaves that get their gradient.
-        branch: The module that computed `t`, for the message.
+        what: What computed it, for the message.
 
     Raises:
-        RuntimeError: Naming the shape of the foreign leaf.
+        ForeignLeafError: Naming the shape of the foreign leaf.
     """
     expected = {id(tensor) for tensor in known}
     seen: set[Any] = {None}
@@ -109,8 +110,8 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], branch: nn.Module)
         if type(node) is not _Leaf:
             nodes += [following for following, _ in node.next_functions]
         elif id(leaf := node.variable) not in expected:
-            raise RuntimeError(
-                f"branch {type(branch).__name__} uses a tensor of shape {tuple(leaf.shape)} that "
+            raise ForeignLeafError(
+                f"{what} uses a tensor of shape {tuple(leaf.shape)} that "
                 "requires a gradient but is neither its input nor one of its parameters; it would "
                 "get no gradient. Register it as an nn.Parameter of the branch, pass it by "
                 "keyword (chain(x, name=tensor)), or detach it."

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revcore.graph import refuse_foreign_leaves
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add
 
 
@@ -44,6 +45,15 @@ class Scheme(ABC):
     """
 
     grid: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # What an ancestor knows of its own arithmetic does not hold for another.
+        known = {"combine": ("combine_vjp", "log_det"), "uncombine": ("uncombine_vjp",)}
+        for name, others in known.items():
+            for other in others:
+                if name in vars(cls) and other not in vars(cls):
+                    setattr(cls, other, getattr(Scheme, other))
 
     @abstractmethod
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
@@ -86,7 +96,13 @@ def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Seque
     with torch.enable_grad():
         a = a.detach().requires_grad_()
         t = t.detach().requires_grad_()
-        return torch.autograd.grad(function(a, t), (a, t), grad, materialize_grads=True)
+        results = function(a, t)
+        owner = getattr(function, "__self__", function)
+        owner = type(getattr(owner, "scheme", owner)).__name__
+        for result in results if isinstance(results, tuple) else (results,):
+            if result.requires_grad:
+                refuse_foreign_leaves(result, (a, t), f"the coupling ({owner})")
+        return torch.autograd.grad(results, (a, t), grad, materialize_grads=True)
 
 
 class HalfStep(Step):

@@ -34,12 +34,11 @@ _PLAIN: frozenset[type[nn.Module]] = frozenset(
     }
 )
 
+_KNOWN = _PLAIN | {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+
 # Modules that are known to draw nothing, so that nothing has to be read for them. The list need not
 # be complete.
-_QUIET: set[type[nn.Module]] = {
-    *_PLAIN,
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-}
+_QUIET: set[type[nn.Module]] = {*_KNOWN}
 
 
 def no_randomness(module: M) -> M:
@@ -67,15 +66,22 @@ def no_randomness(module: M) -> M:
 
 def draw_nothing(modules: Sequence[nn.Module]) -> bool:
     """Tells whether these modules are known to draw no random numbers."""
-    for module in modules:  # faster than any()
-        if type(module) not in _QUIET or module._forward_hooks or module._forward_pre_hooks:
-            return False
-    return True
+    return all(type(module) in _QUIET and not _is_changed(module) for module in modules)
 
 
 def is_plain(module: nn.Module) -> bool:
     """Tells whether a module is known to do the same in training and in evaluation."""
-    return type(module) in _PLAIN and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) in _PLAIN and not _is_changed(module)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Tells whether a module is torch's own, and of those that use nothing but what they hold."""
+    return type(module) in _KNOWN and not _is_changed(module)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Tells whether something else runs with a module, or in its place."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 _CPU = torch.device("cpu")

@@ -21,13 +21,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.utils import parametrize
 
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.graph import differentiate
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
 from revcore.remember import Memory, thread
 from revcore.step import Pullback
-from revcore.survey import Group, Survey, Table, needs_of
+from revcore.survey import BATCH_NORMS, Group, Survey, Table, needs_of
 from revcore.versions import changed, contents, version
 
 # Random generators, buffers and training flags belong to the process or to the module, not to a
@@ -48,6 +49,8 @@ _Undo = list[tuple[Table, str, Any]]
 _Buffer = tuple[nn.Module, Table, str, Tensor, int]
 _hooks = attrgetter("_backward_hooks")
 _NOTHING: Mapping[int, Tensor] = {}
+# Bytes of a buffer that is a constant rather, such as a table of positions.
+_LARGE = 2**20
 _AS_IT_IS = nullcontext()
 
 
@@ -93,6 +96,12 @@ class Seen:
         if now != self._contents:
             changes = zip(self._tensors * 2, now, self._contents, strict=True)
             raise changed(self._name(next(tensor for tensor, a, b in changes if a != b)))
+        if not self._group.has_its_modules():
+            names = " or ".join(sorted({type(branch).__name__ for branch in self._group.branches}))
+            raise RuntimeError(
+                f"a module inside of {names} was replaced between forward and backward, so a "
+                "reversible branch cannot be repeated. Call backward() before replacing it."
+            )
         return self._group.is_as_it_was()
 
     def _name(self, tensor: Tensor) -> str:
@@ -152,6 +161,8 @@ class Replay(Memory):
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
         step, survey = self._step, self._survey
+        # A stand-in, because a hook that the branch sets on its input belongs to the repetition.
+        x = x.detach()
         self._stride = x.stride()
         if torch._C._is_any_autocast_enabled():
             self._autocast = autocast_now(x.device.type)
@@ -192,7 +203,9 @@ class Replay(Memory):
         moved = [b[1].get(b[2]) is not b[3] or version(b[3]) != b[4] for b in buffers]
         self._buffers = [b for b, m in zip(buffers, moved, strict=True) if not m]
         self._copies = [
-            (b[1], b[2], copy) for b, copy, m in zip(buffers, copies, moved, strict=True) if m
+            (b[1], b[2], copy)
+            for b, copy, m in zip(buffers, copies, moved, strict=True)
+            if m or _may_move_unseen(b[0], copy)
         ]
         return t
 
@@ -244,17 +257,13 @@ class Replay(Memory):
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
         torch._C._set_grad_enabled(True)
         try:
-            first = torch._C._autograd._get_sequence_nr()
             # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.
             seen = x.view_as(x) if _global_forward_pre_hooks else x
             t = self._repeat(self._step.call, seen, self._kwargs, self, aliases)
-            nodes = torch._C._autograd._get_sequence_nr() - first
         finally:
             torch._C._set_grad_enabled(False)
         wanted = (x if self.needs_x else None, *leaves)
-        # Arguments may hold other tensors at each call.
-        known = None if self._kwargs else nodes
-        return t, partial(differentiate, t, wanted, self._survey, known)
+        return t, partial(differentiate, t, wanted, self._survey)
 
     def _lay_out(self, x: Tensor) -> Tensor:
         """Copies `x` to the strides that the branch saw first; other strides, other bits."""
@@ -311,6 +320,13 @@ class Replay(Memory):
 
     def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
         """Makes the branch's modules what they were; `undo` gets what they are now."""
+        if any(isinstance(module, torch.jit.ScriptModule) for module in self._survey.modules):
+            raise RuntimeError(
+                f"branch {type(self._step.branch).__name__} has a ScriptModule, in which nothing "
+                "can be put back as it was in the forward pass: leave its flags, hooks and "
+                "parameters as they are until backward() is done, and its buffers, or store the "
+                "activations, revcore.set_reversing(model, False)."
+            )
         for module, flag in self._survey.flags:
             if module.training is not flag:
                 _swap(module.__dict__, "training", flag, undo)
@@ -325,6 +341,15 @@ class Replay(Memory):
         for table, name, copy in self._copies:
             # A clone, because a graph that is retained may be run backward again.
             _swap(table, name, copy.clone(), undo)
+
+
+def _may_move_unseen(module: nn.Module, buffer: Tensor) -> bool:
+    """Tells whether to take a buffer for changed: some changes are not counted.
+
+    Neither `F.batch_norm` counts those of running statistics, nor does anybody those of `.data`.
+    """
+    known = type(module) in BATCH_NORMS  # in evaluation, which changes nothing
+    return not known and buffer.is_floating_point() and buffer.nbytes <= _LARGE
 
 
 _ABSENT = object()
@@ -363,10 +388,13 @@ def run_branch(
     outer = thread.memory
     if memory is not None:
         memory.outer, memory.position, thread.memory = outer, 0, memory
+    # A weight that parametrize.cached() keeps from one run would have no graph in the other.
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         t = call(x, **kwargs)
     finally:
         thread.memory = outer
+        parametrize._cache_enabled = cached
     if not isinstance(t, Tensor):
         raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
     if counted and x._version != before:

@@ -14,13 +14,14 @@ from torch.nn.parameter import is_lazy
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
-from revcore.compiled import RANDOM, draws, run_compiled
+from revcore.compiled import find_fault, run_compiled
 from revcore.coupling import Coupling
 from revcore.engine import keep, reverse, run
 from revcore.fixed_point import FixedPointCoupling
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.invertible import InvertibleStep
-from revcore.randomness import draw_nothing
+from revcore.randomness import is_known
+from revcore.replay import tensors_of
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 
@@ -107,15 +108,18 @@ class _Reversible(nn.Module):
     ) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
         steps, kept = self._plan(len(streams), inverted=inverted)
-        if self.reversing and torch.is_grad_enabled() and not self._draws_nothing():
+        if self.reversing and torch.is_grad_enabled() and not self._is_known():
             names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+            constants = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
             tensors = [*streams, *(kwargs[name] for name in names)]
             # By way of text, because only constants can be passed, and a size that has been another
             # one before is a symbol, which stays one under int() alone.
             shapes = [[int(f"{size}") for size in tensor.shape] for tensor in tensors]
             dtypes = [tensor.dtype for tensor in tensors]
-            if self._draws(inverted, shapes, dtypes, str(tensors[0].device), names):
-                raise RuntimeError(RANDOM)
+            device = str(tensors[0].device)
+            fault = self._find_fault(inverted, shapes, dtypes, device, names, constants=constants)
+            if fault:
+                raise RuntimeError(fault)
         if self.log_det:
             steps = [step.measured() for step in steps]
         outputs = run_compiled(steps, kept, streams, kwargs, reversing=self.reversing)
@@ -124,21 +128,26 @@ class _Reversible(nn.Module):
 
     # Both run once, in Python, while Dynamo traces, which takes their results for constants.
     @_constant
-    def _draws_nothing(self) -> bool:
+    def _is_known(self) -> bool:
+        """Tells whether branches are made of torch's own modules, and have all parameters."""
         steps, _ = self._plan(self.streams, inverted=False)
-        return all(draw_nothing(list(step.branch.modules())) for step in steps)
+        modules = [module for step in steps for module in step.branch.modules()]
+        held = {parameter for step in steps for parameter in step.branch.parameters()}
+        return all(map(is_known, modules)) and held.issuperset(self.parameters())
 
     @_constant
-    def _draws(
+    def _find_fault(
         self,
         inverted: bool,
         shapes: list[list[int]],
         dtypes: list[torch.dtype],
         device: str,
         names: list[str],
-    ) -> bool:
+        *,
+        constants: dict[str, Any],
+    ) -> str:
         steps, _ = self._plan(len(shapes) - len(names), inverted=inverted)
-        return draws(steps, shapes, dtypes, device, names)
+        return find_fault(steps, shapes, dtypes, device, names, constants=constants)
 
 
 _OURS = (_Reversible, Coupling)
@@ -151,6 +160,7 @@ _SMALL = 2**23  # bytes of all streams
 _TINY = 2**10  # bytes of a block's parameters
 
 _nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
+_requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
 
 class ReversibleBlock(_Reversible):
@@ -360,7 +370,9 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         blocks: list[Any] = list(self)
         if inverted:
             blocks.reverse()
-        small = sum(map(_nbytes, streams)) <= _SMALL
+        # A shared node holds one gradient of each argument for each of its steps, too.
+        arguments = tensors_of(kwargs) if kwargs else []
+        small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, arguments))
         hooked = has_global_hooks()
         steps: list[Step] = []
         for block in blocks:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.randomness import draw_nothing, is_plain
+from revcore.randomness import draw_nothing, is_known, is_plain
 
 Table = dict[str, Any]
 
@@ -60,10 +60,11 @@ class Survey:
         lazy: Whether a parameter has no shape yet.
         simple: Whether a first run has to note nothing but autocast.
         lasts: Whether the survey may be kept until the next call.
-        walked: How many nodes the last graph of the branch had, and how many leaves it was allowed.
+        known: Whether the modules are torch's own, which use no tensors but those that they hold.
+        walked: Whether a graph of the branch has been looked through.
     """
 
-    walked: tuple[int | None, int] | None = None
+    walked = False
 
     def __init__(self, branch: nn.Module) -> None:
         modules: list[Any] = [branch]  # nn.Module.modules takes four times as long
@@ -95,6 +96,7 @@ class Survey:
         self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad]
         self.plain = all(tensor.is_leaf for tensor in self.tensors)
         self.quiet = draw_nothing(modules)
+        self.known = all(map(is_known, modules))
         self.lazy = any(map(is_lazy, self.tensors))
         self.simple = self.quiet and not self.buffered and not self.lazy
         # Of what was computed from other parameters (functional_call) nothing must stay alive, and
@@ -130,7 +132,9 @@ class Group:
         if self.lasts:
             self._needed = needs_of(self.tensors)
             self._types = [*map(type, modules)]
-            self._owned = [(m.__dict__, m._modules, m._parameters) for m in modules]
+            self._owned = [
+                (m.__dict__, m._modules, m._parameters, "forward" in m.__dict__) for m in modules
+            ]
             self._inner = [module._modules for module in modules if module._modules]
             self._inner_values = [value for table in self._inner for value in table.values()]
             own = [
@@ -143,14 +147,22 @@ class Group:
         """Tells whether new surveys would be the same."""
         if [*map(type, self.modules)] != self._types or any(self._empty):
             return False
-        for own, inner, parameters in self._owned:
-            if own["_modules"] is not inner or own["_parameters"] is not parameters:
+        for own, inner, parameters, patched in self._owned:
+            if (
+                own["_modules"] is not inner
+                or own["_parameters"] is not parameters
+                or ("forward" in own) is not patched
+            ):
                 return False
         return (
             needs_of(self.tensors) == self._needed
-            and _same(self._inner, self._inner_values)
+            and self.has_its_modules()
             and self.is_as_it_was()
         )
+
+    def has_its_modules(self) -> bool:
+        """Tells whether the modules hold the modules that they held, as far as that is known."""
+        return not self.lasts or _same(self._inner, self._inner_values)
 
     def is_as_it_was(self) -> bool:
         """Tells whether modules have the training flags and the parameters that they had."""

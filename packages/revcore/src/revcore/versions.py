@@ -36,5 +36,7 @@ def changed(what: str) -> RuntimeError:
     """Creates the error for a tensor that a branch cannot be repeated without."""
     return RuntimeError(
         f"{what} was changed in place between forward and backward, so a reversible branch cannot "
-        "be repeated. Call backward() before changing it (an optimizer's step changes parameters)."
+        "be repeated. Call backward() before changing it (an optimizer's step changes parameters). "
+        "Where the branch itself does so in its first run (initialization from data), run the net "
+        "once under torch.no_grad() before."
     )
