@@ -161,8 +161,9 @@ class Replay(Memory):
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
         step, survey = self._step, self._survey
-        # A stand-in, because a hook that the branch sets on its input belongs to the repetition.
-        x = x.detach()
+        if not survey.known:
+            # A stand-in, because a hook that a branch sets on its input belongs to the repetition.
+            x = x.detach()
         self._stride = x.stride()
         if torch._C._is_any_autocast_enabled():
             self._autocast = autocast_now(x.device.type)
