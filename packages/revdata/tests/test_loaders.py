@@ -273,6 +273,14 @@ def test_samples_do_not_depend_on_the_global_random_state(make):
     assert epochs[0].equal(epochs[1])
 
 
+def test_the_strides_of_one_channel_are_those_of_the_format(make):
+    # torch tells channels_last by strides, also where both formats are the same.
+    gray = image_set(channels=1)
+    for augment in (False, True):
+        for x, _ in make(gray, 16, augment=augment, shuffle=True):
+            assert x.stride() == torch.empty(x.shape).stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("augment", [True, False])

@@ -1,9 +1,13 @@
 """Bad input: one line that says what is wrong and what to do, exit status 2, no work lost."""
 
+import os
+
 import pytest
 from tiny import TINY, as_flags, launch, write_small_cifar10
 
 import revdata
+from revtrain import run_folder
+from revtrain.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,45 @@ def test_a_file_where_the_run_folder_should_be(command, tmp_path):
     status, _, err = command("train", *as_flags(TINY), "--out", tmp_path / "run")
     assert status == 2
     assert "is a file" in err
+
+
+def test_files_that_are_of_no_run(command, tmp_path):
+    mine = tmp_path / "run" / "checkpoints" / "mine.pt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    words = ["train", *as_flags({**TINY, "epochs": 1}), "--out", tmp_path / "run"]
+    for more in ([], ["--resume"]):
+        status, _, err = command(*words, *more)
+        assert status == 2
+        assert "holds checkpoints and no config.json, so of no run" in err
+        assert mine.read_text() == "precious"
+    assert command(*words, "--fresh")[0] == 0
+    assert not mine.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no locks on folders")
+def test_a_folder_that_another_process_trains_into(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.2)
+    words = ["train", *as_flags({**TINY, "epochs": 1}), "--out", tmp_path / "run"]
+    (tmp_path / "run").mkdir()
+    with RunFolder(tmp_path / "run").alone():
+        status, _, err = command(*words)
+        assert status == 2
+        assert "another process is training into" in err
+        assert not list((tmp_path / "run").iterdir())
+    assert command(*words)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_finished_run_that_is_damaged(command, train, tmp_path, name, content):
+    train(epochs=1)
+    file = tmp_path / "run" / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = ["train", *as_flags({**TINY, "epochs": 1}), "--out", tmp_path / "run", "--resume"]
+    status, _, err = command(*words)
+    assert status == 2
+    assert f"{name} is damaged" in err.splitlines()[-1]
 
 
 def test_damaged_data(command, tmp_path):

@@ -1,5 +1,6 @@
 """Damaged checkpoints are named and passed over; a full disk damages none."""
 
+import json
 import resource
 import signal
 import subprocess
@@ -34,6 +35,15 @@ def forge_the_manifest(folder):
     (folder / "manifest.json").write_text('{"files": [1, 2]}')
 
 
+def list_nothing(folder):
+    (folder / "manifest.json").write_text('{"run": null, "files": {}}')
+
+
+def take_it_from_another_run(folder):
+    file = folder / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "run": "another"}))
+
+
 DAMAGES = {
     "missing file": lambda folder: (folder / "random_states_0.pkl").unlink(),
     "size": cut,
@@ -41,6 +51,8 @@ DAMAGES = {
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "unreadable manifest": empty_the_manifest,
     "unreadable manifest, of other content": forge_the_manifest,
+    "unreadable manifest, without files": list_nothing,
+    "another run": take_it_from_another_run,
 }
 
 
@@ -74,10 +86,11 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(halves, tmp_path, capsys,
     options = stopped(out)
     older, newest = checkpoints(out)
     assert (older.name, newest.name) == ("step-00000004", "step-00000006")
-    check_manifest(newest)
+    run = json.loads((out / "config.json").read_text())["run"]
+    check_manifest(newest, run)
     DAMAGES[kind](newest)
     with pytest.raises(DamagedError) as damaged:
-        check_manifest(newest)
+        check_manifest(newest, run)
     assert damaged.value.kind == kind.partition(",")[0]
     capsys.readouterr()
     revtrain.train(revtrain.TrainConfig(**options, out=out, resume=True))

@@ -58,7 +58,11 @@ class DeviceLoader(Loader):
                 rows, columns = (square[part] for square in squares)
                 x_NHWC.masked_fill_((rows[:, :, None] & columns[:, None, :])[..., None], 0.0)
             x_NCHW = x_NHWC.permute(0, 3, 1, 2).to(self.dtype)
-            yield x_NCHW.contiguous(memory_format=self.memory_format), labels[part]
+            x_NCHW = x_NCHW.contiguous(memory_format=self.memory_format)
+            if self.memory_format == torch.contiguous_format:
+                # Of one channel the strides are any, and those of channels_last choose its kernels.
+                x_NCHW = x_NCHW.reshape(-1).view(x_NCHW.shape)
+            yield x_NCHW, labels[part]
 
     def _windows(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draws a whole epoch's crops, in a form that indexes the images as it is.

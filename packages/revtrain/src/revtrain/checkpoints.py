@@ -42,9 +42,9 @@ class CheckpointError(Exception):
     """A checkpoint could not be written, or none of those that are there can be read."""
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, run: str | None) -> bool:
     try:
-        check_manifest(path)
+        check_manifest(path, run)
     except DamagedError as error:
         print(f"{error}; it is passed over", file=sys.stderr, flush=True)
         return False
@@ -61,10 +61,14 @@ class Checkpoints:
     Args:
         path: The folder of the checkpoints.
         accelerator: Has prepared model, optimizer and scheduler.
+
+    Attributes:
+        run: The name of the run, which its checkpoints hold; those of others are passed over.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path = path
+        self.run: str | None = None
         self._accelerator = accelerator
         accelerator.register_save_state_pre_hook(self._unwrap_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
@@ -91,7 +95,7 @@ class Checkpoints:
             if self._accelerator.is_main_process:
                 self._refuse_lost_parts(partial)
                 write_json(partial / _PROGRESS, progress)
-                write_manifest(partial)
+                write_manifest(partial, self.run)
                 # There is none of this step, unless it is damaged and was passed over.
                 shutil.rmtree(path, ignore_errors=True)
                 partial.replace(path)
@@ -138,7 +142,7 @@ class Checkpoints:
     def _find_newest(self) -> tuple[str | None, str | None]:
         paths = sorted(self.path.glob(f"{_PREFIX}*"), reverse=True)
         for path in paths:
-            if _is_whole(path):
+            if _is_whole(path, self.run):
                 return str(path), None
         if paths:
             return None, f"{self.path} holds no whole checkpoint: replace the run by --fresh"

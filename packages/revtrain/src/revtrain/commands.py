@@ -21,6 +21,7 @@ from revtrain.launch import LaunchError
 from revtrain.nonfinite import NonFiniteLossError
 from revtrain.plan import dry_run, print_plan
 from revtrain.report import print_result
+from revtrain.run_folder import BusyError
 from revtrain.signals import Interrupted
 from revtrain.trainer import Trainer
 
@@ -29,7 +30,7 @@ from revtrain.trainer import Trainer
 _BAD_INPUT = (ValueError, OSError, LaunchError, DataError, CheckpointError)
 
 # A full disk or quota, or a file too large, is no defect; the files written so far are whole.
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def train(config: TrainConfig) -> None:
@@ -43,6 +44,8 @@ def train(config: TrainConfig) -> None:
             result = trainer.run()
         except (NonFiniteLossError, DriftError) as error:
             end_with(error, 1)
+        except BusyError as error:
+            end_with(error, 2)
         except CheckpointError as error:  # the first; later ones do not end a run
             end_with(
                 CheckpointError(f"{error}: make room, or choose another run folder by --out"), 1

@@ -125,8 +125,8 @@ class TrainConfig:
         _check_drift_bound(self.drift_bound, self.drift_every)
         if self.resume and self.fresh:
             raise ValueError("resume and fresh: give one of them")
-        if self.seed < 0:
-            raise ValueError(f"seed (={self.seed}) must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed (={self.seed}) must be at least 0 and below 2**32")
         for name, value, choices in (
             ("loader", self.loader, ("device", "torch")),
             ("mixed_precision", self.mixed_precision, (None, "no", "bf16", "fp16")),

@@ -74,8 +74,7 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: It does not exist.
         ValueError: It is no JSON; the message names the file.
     """
-    text = path.read_text(encoding="utf-8")
-    return _parse(text, path)
+    return _parse(_read(path), path)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -85,7 +84,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: It does not exist.
         ValueError: A line is no JSON; the message names the file.
     """
-    return [_parse(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [_parse(line, path) for line in _read(path).splitlines()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): train again with --fresh") from error
 
 
 def _parse(text: str, path: Path) -> Any:

@@ -62,6 +62,11 @@ def make_accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     _refuse_lost_processes(accelerator.num_processes)
+    if accelerator.gradient_accumulation_steps < 1:
+        raise ValueError(
+            f"gradient_accumulation_steps (={accelerator.gradient_accumulation_steps}) of "
+            "Accelerate's settings must be at least 1: --accumulate wins over it"
+        )
     if accelerator.mixed_precision not in _PRECISIONS:
         raise ValueError(
             f"mixed_precision (={accelerator.mixed_precision!r}) of Accelerate's settings must "

@@ -11,7 +11,9 @@ from revtrain.files import sync, write_json
 
 _NAME = "manifest.json"
 
-Damage = Literal["no manifest", "unreadable manifest", "missing file", "size", "checksum"]
+Damage = Literal[
+    "no manifest", "unreadable manifest", "another run", "missing file", "size", "checksum"
+]
 
 
 class DamagedError(Exception):
@@ -26,8 +28,13 @@ class DamagedError(Exception):
         self.kind = kind
 
 
-def write_manifest(folder: Path) -> None:
-    """Lists all files of a folder, and waits until they and the list are on the disk."""
+def write_manifest(folder: Path, run: str | None = None) -> None:
+    """Lists all files of a folder, and waits until they and the list are on the disk.
+
+    Args:
+        folder: The folder.
+        run: Of which run it is.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         sync(path)
@@ -36,11 +43,15 @@ def write_manifest(folder: Path) -> None:
                 "bytes": path.stat().st_size,
                 "sha256": _digest(path),
             }
-    write_json(folder / _NAME, {"files": files})
+    write_json(folder / _NAME, {"run": run, "files": files})
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path, run: str | None = None) -> None:
     """Reads every file of a folder and compares it with the manifest.
+
+    Args:
+        folder: The folder.
+        run: Of which run it must be; None for any.
 
     Raises:
         DamagedError: Something is missing or other than it was.
@@ -49,12 +60,18 @@ def check_manifest(folder: Path) -> None:
     if not path.exists():
         raise DamagedError(folder, "no manifest", f"{_NAME} is missing")
     try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         files = {
             str(name): (int(entry["bytes"]), str(entry["sha256"]))
-            for name, entry in json.loads(path.read_text(encoding="utf-8"))["files"].items()
+            for name, entry in manifest["files"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise DamagedError(folder, "unreadable manifest", str(error)) from error
+    if not files:
+        raise DamagedError(folder, "unreadable manifest", "it lists no files")
+    # Runs of before have no name.
+    if None not in (run, manifest.get("run")) and manifest["run"] != run:
+        raise DamagedError(folder, "another run", f"it is of run {manifest['run']}, not {run}")
     for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():

@@ -68,6 +68,8 @@ class Recipe:
     0 for none."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.milestones, (list, tuple)):
+            raise ValueError(f"milestones (={self.milestones!r}) must be a list of numbers")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         self._check_types()
         _check("batch_size", self.batch_size, least=1)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +18,21 @@ from torch import Tensor
 
 from revtrain.files import read_json, read_json_lines, whole_file, write_json, write_json_lines
 from revtrain.net import NetSpec
+
+try:
+    import fcntl as _fcntl
+except ImportError:  # Windows
+    fcntl: ModuleType | None = None
+else:
+    fcntl = _fcntl
+
+
+# Seconds that a process may still need to end which was told to.
+_PATIENCE = 5.0
+
+
+class BusyError(RuntimeError):
+    """Another process is training into the run folder."""
 
 
 class RunFolder:
@@ -72,6 +91,21 @@ class RunFolder:
             raise FileExistsError(
                 f"{self.path} holds {what} replace it by --fresh, or choose another folder by --out"
             )
+        self.refuse_strangers()
+
+    def refuse_strangers(self) -> None:
+        """Raises if files would be replaced that are of no run.
+
+        Raises:
+            FileExistsError: There are files of a run's names, and no `config.json`.
+        """
+        ours = (self.checkpoints, self.weights, self.metrics, self.summary, self.memory)
+        there = [path.name for path in ours if path.exists()]
+        if there and not self.started:
+            raise FileExistsError(
+                f"{self.path} holds {', '.join(there)} and no {self.config.name}, so of no run: "
+                "replace them by --fresh, or choose another folder by --out"
+            )
 
     def refuse_unwritable(self) -> None:
         """Raises if no file can be written here.
@@ -104,6 +138,37 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         write_json(self.config, config)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from training into the folder; where the system can do so.
+
+        Raises:
+            BusyError: Another one does.
+        """
+        if fcntl is None or not self.path.is_dir():
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        until = time.monotonic() + _PATIENCE
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise BusyError(
+                            f"another process is training into {self.path}: wait until it has "
+                            "ended, or choose another run folder by --out"
+                        ) from None
+                    time.sleep(0.1)
+                    continue
+                except OSError:  # a file system without locks
+                    pass
+                break
+            yield
+        finally:
+            os.close(descriptor)  # and with it the lock, as when the process is killed
+
     def go_on(self, step: int, where: dict[str, Any]) -> None:
         """Adds to `config.json` that, and where, the run goes on after a step."""
         config = self.read_config()
@@ -131,7 +196,9 @@ class RunFolder:
         """
         if not self.config.exists():
             raise FileNotFoundError(f"{self.path} holds no run (no {self.config.name} in it)")
-        config: dict[str, Any] = read_json(self.config)
+        config = read_json(self.config)
+        if not isinstance(config, dict) or not {"config", "recipe", "net"} <= config.keys():
+            raise ValueError(f"{self.config} is damaged (no run's): train again with --fresh")
         return config
 
     def read_weights(self) -> tuple[NetSpec, dict[str, Tensor]]:
@@ -161,7 +228,9 @@ class RunFolder:
         Raises:
             ValueError: A file is damaged.
         """
-        summary: dict[str, Any] = read_json(self.summary)
+        summary = read_json(self.summary)
+        if not isinstance(summary, dict) or not {"model", "epochs", "seconds"} <= summary.keys():
+            raise ValueError(f"{self.summary} is damaged (no run's): train again with --fresh")
         return summary, read_json_lines(self.metrics)
 
     def write_summary(self, summary: dict[str, Any]) -> None:

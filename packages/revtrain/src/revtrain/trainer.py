@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -60,6 +61,7 @@ def train(config: TrainConfig) -> Result:
         revdata.DataError: The data are missing or damaged.
         NonFiniteLossError: The loss or a gradient is no longer a number.
         DriftError: Reconstructed activations are further off than `config.drift_bound`.
+        BusyError: Another process is training into the run folder.
         Interrupted: SIGTERM or Ctrl-C stopped the run, between two steps and with a checkpoint.
             Python exits with status 143 or 130 if nothing catches it.
 
@@ -92,6 +94,8 @@ class Trainer:
         self.folder = RunFolder(config.run_folder)
         if not (config.fresh or config.resume):
             self.folder.refuse_old_run()
+        if config.resume:
+            self.folder.refuse_strangers()
         if not (config.resume and self.folder.finished):
             self.folder.refuse_unwritable()
         self.accelerator = accelerator = make_accelerator(
@@ -144,9 +148,14 @@ class Trainer:
         self.state = RunState()
         self.checkpoints = Checkpoints(self.folder.checkpoints, accelerator)
         self._resumed: Path | None = None
+        self._results: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         if config.resume and self.folder.started:
-            refuse_other_run(self.folder.read_config(), self._description())
-            if not self.folder.finished:
+            old = self.folder.read_config()
+            refuse_other_run(old, self._description())
+            if self.folder.finished:
+                self._results = self.folder.read_results()
+            else:
+                self.checkpoints.run = old.get("run")
                 self._resumed = self.checkpoints.newest()
 
     def run(self) -> Result:
@@ -158,17 +167,25 @@ class Trainer:
             return self._run()
 
     def _run(self) -> Result:
-        accelerator, main = self.accelerator, self.accelerator.is_main_process
         # Nobody may still be looking for an old run when the new one appears.
-        accelerator.wait_for_everyone()
-        if self.config.resume and self.folder.finished:
-            summary, metrics = self.folder.read_results()
-            return Result(self.folder.path, summary, metrics, read_memory(self.folder.memory))
+        self.accelerator.wait_for_everyone()
+        if self._results is not None:
+            return Result(self.folder.path, *self._results, read_memory(self.folder.memory))
+        if not self.accelerator.is_main_process:
+            return self._train()
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        with self.folder.alone():
+            return self._train()
+
+    def _train(self) -> Result:
+        accelerator, main = self.accelerator, self.accelerator.is_main_process
         description = self._description()
         if self._resumed is not None:
             self._go_on(self._resumed)
-        elif main:
-            self.folder.start(description)
+        else:
+            self.checkpoints.run = description["run"] = secrets.token_hex(8)
+            if main:
+                self.folder.start(description)
         state = self.state
         with (
             StopSignals() as signals,
