@@ -35,8 +35,8 @@ PUBLISHED = {
     ("cifar100", "revnet110"): (74.00, 73.30),
     ("cifar100", "revnet164"): (76.39, 76.90),
 }
-# MemCNN's, at a batch of 100 on a GTX 1080, in MiB: of its activations after the forward pass, and
-# as the driver told it in training.
+# MemCNN's, at a batch of 100 on a GTX 1080, in what it calls MB: of its activations after the
+# forward pass, and as the driver told it in training.
 MEMCNN_MEMORY = {
     "resnet32": (238.6, 766),
     "resnet110": (810.7, 1357),
@@ -92,7 +92,7 @@ def cells() -> str:
         label = file.parent.name.partition(f"seed{summary['seed']}")[2].lstrip("-")
         recipe = Path(summary["recipe"]).stem + (f" ({label})" if label else "")
         config = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
-        summary["device"] = config["hardware"].get("device_name", "CPU").split()[1]
+        summary["device"] = _model(config["hardware"])
         cell = summary["data"], summary["model"]
         groups.setdefault((*cell, recipe), []).append(summary)
         if recipe == summary["data"] and summary["seed"] == 0 and summary["wall_seconds"]:
@@ -122,6 +122,11 @@ def cells() -> str:
     )
     failed = f"\n\nRuns that failed: {failures}, their records are beside these."
     return table(header, rows) + together + (failed if failures else "")
+
+
+def _model(machine: dict[str, Any]) -> str:
+    name: str = machine.get("device_name", "CPU")
+    return name.removeprefix("NVIDIA ").split()[0]
 
 
 def study() -> str:

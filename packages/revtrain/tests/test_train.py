@@ -73,7 +73,8 @@ def test_the_run_folder_tells_all(train):
     assert result.summary["steps"] == config["steps"] == 14
     assert (folder / "curve.svg").read_text().startswith("<?xml")
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    hidden = [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    assert hidden == [".lock"]  # which stays; nothing is half written
     assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) == stat.S_IMODE(
         (folder / "config.json").stat().st_mode
     )

@@ -114,5 +114,6 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None
                 f"{what} uses a tensor of shape {tuple(leaf.shape)} that "
                 "requires a gradient but is neither its input nor one of its parameters; it would "
                 "get no gradient. Register it as an nn.Parameter of the branch, pass it by "
-                "keyword (chain(x, name=tensor)), or detach it."
+                "keyword (chain(x, name=tensor)), detach it, or store the activations: "
+                "revcore.set_reversing(model, False)."
             )

@@ -34,7 +34,11 @@ _PLAIN: frozenset[type[nn.Module]] = frozenset(
     }
 )
 
-_KNOWN = _PLAIN | {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+# These read their running statistics only in evaluation. Subclasses may use their buffers in other
+# ways.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+_KNOWN = _PLAIN.union(BATCH_NORMS)
 
 # Modules that are known to draw nothing, so that nothing has to be read for them. The list need not
 # be complete.

@@ -25,10 +25,10 @@ from torch.nn.utils import parametrize
 
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.graph import differentiate
-from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
+from revcore.randomness import BATCH_NORMS, NO_STATES, RefuseRandomness, draw_again, get_states
 from revcore.remember import Memory, thread
 from revcore.step import Pullback
-from revcore.survey import BATCH_NORMS, Group, Survey, Table, needs_of
+from revcore.survey import Group, Survey, Table, needs_of
 from revcore.versions import changed, contents, version
 
 # Random generators, buffers and training flags belong to the process or to the module, not to a
@@ -389,13 +389,15 @@ def run_branch(
     outer = thread.memory
     if memory is not None:
         memory.outer, memory.position, thread.memory = outer, 0, memory
-    # A weight that parametrize.cached() keeps from one run would have no graph in the other.
-    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    # A weight that parametrize.cached() keeps from one run would have no graph in the other. Taken
+    # off and added again, because torch counts so, and another thread may do the same meanwhile.
+    cached = parametrize._cache_enabled
+    parametrize._cache_enabled -= cached
     try:
         t = call(x, **kwargs)
     finally:
         thread.memory = outer
-        parametrize._cache_enabled = cached
+        parametrize._cache_enabled += cached
     if not isinstance(t, Tensor):
         raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
     if counted and x._version != before:

@@ -15,14 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.randomness import draw_nothing, is_known, is_plain
+from revcore.randomness import BATCH_NORMS, draw_nothing, is_known, is_plain
 
 Table = dict[str, Any]
-
-# These read their running statistics only in evaluation, so switching `track_running_stats` off
-# repeats a training-mode run exactly and is cheaper than exchanging buffers. Subclasses may use
-# their buffers in other ways and take the general path.
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
@@ -81,8 +76,9 @@ class Survey:
                 self.tables.append((module._parameters, found))
                 tensors += found.values()
             if module._buffers:
-                # Batch norms also if they track nothing now: a branch around one may have seen to
-                # that, and be done when it is repeated.
+                # Switching `track_running_stats` off repeats a batch norm in training exactly, and
+                # is cheaper than exchanging buffers. Batch norms also if they track nothing now: a
+                # branch around one may have seen to that, and be done when it is repeated.
                 norm = module.training and type(module) in BATCH_NORMS
                 (self.norms if norm else self.buffered).append(module)
         self.modules = modules

@@ -359,8 +359,7 @@ def activation_gradient(
     times the normalized value. One row for each part of the rows, one table for each sum.
     """
     channels, outputs = eights * 8, output_eights * 8
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    part, row = tl.program_id(1), tl.arange(0, ROWS)
+    part, row, channel = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     inside = channel < channels
     center, scale, shift, spread = _load_scale(mean, inverse, weight, bias, channel, inside)
     begin = part.to(tl.int64) * steps * ROWS
@@ -398,7 +397,7 @@ def activation_gradient(
         position += ROWS
     partial += part * channels
     tl.store(partial + channel, tl.sum(total, 0), mask=inside)
-    partial += tl.num_programs(1) * channels
+    partial += tl.num_programs(0) * channels
     tl.store(partial + channel, tl.sum(product, 0) * spread, mask=inside)
 
 

@@ -259,7 +259,7 @@ def _gradients_around(
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
     launch(
         kernels.activation_gradient,
-        (1, parts),
+        (parts,),
         *(grad, x, *by, matrix, of_normal, partial, *sizes, steps),
         *(*constants, *_product(dtype), high, *tiles),
         num_warps=warps,

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from revtrain.plan import Plan, dry_run
     from revtrain.recipe import Recipe, list_recipes, load_recipe
     from revtrain.result import Result
+    from revtrain.run_folder import BusyError
     from revtrain.signals import Interrupted
     from revtrain.trainer import train
 else:
     _MODULES = {
+        "BusyError": "run_folder",
         "CheckpointError": "checkpoints",
         "DepthCost": "memory",
         "DriftError": "drift",
@@ -55,6 +57,7 @@ else:
 
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "DepthCost",
     "DriftError",

@@ -69,9 +69,8 @@ def check_manifest(folder: Path, run: str | None = None) -> None:
         raise DamagedError(folder, "unreadable manifest", str(error)) from error
     if not files:
         raise DamagedError(folder, "unreadable manifest", "it lists no files")
-    # Runs of before have no name.
-    if None not in (run, manifest.get("run")) and manifest["run"] != run:
-        raise DamagedError(folder, "another run", f"it is of run {manifest['run']}, not {run}")
+    if run is not None and manifest.get("run") != run:
+        raise DamagedError(folder, "another run", f"it is of {manifest.get('run')}, not {run}")
     for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():

@@ -5,27 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from revtrain.files import read_json, read_json_lines, whole_file, write_json, write_json_lines
 from revtrain.net import NetSpec
-
-try:
-    import fcntl as _fcntl
-except ImportError:  # Windows
-    fcntl: ModuleType | None = None
-else:
-    fcntl = _fcntl
-
 
 # Seconds that a process may still need to end which was told to.
 _PATIENCE = 5.0
@@ -140,34 +131,23 @@ class RunFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keeps other processes from training into the folder; where the system can do so.
+        """Keeps other processes from training into the folder, by a lock of the operating system.
 
         Raises:
             BusyError: Another one does.
         """
-        if fcntl is None or not self.path.is_dir():
-            yield
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        until = time.monotonic() + _PATIENCE
+        lock = FileLock(self.path / ".lock")
         try:
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise BusyError(
-                            f"another process is training into {self.path}: wait until it has "
-                            "ended, or choose another run folder by --out"
-                        ) from None
-                    time.sleep(0.1)
-                    continue
-                except OSError:  # a file system without locks
-                    pass
-                break
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            raise BusyError(
+                f"another process is training into {self.path}: wait until it has ended, or "
+                "choose another run folder by --out"
+            ) from None
+        try:
             yield
         finally:
-            os.close(descriptor)  # and with it the lock, as when the process is killed
+            lock.release()
 
     def go_on(self, step: int, where: dict[str, Any]) -> None:
         """Adds to `config.json` that, and where, the run goes on after a step."""
