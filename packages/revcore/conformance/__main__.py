@@ -9,8 +9,10 @@ import datetime as dt
 import os
 import platform
 import shlex
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -29,6 +31,7 @@ def main() -> None:
         prog="python packages/revcore/conformance", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write a record")
+    parser.add_argument("--resume", action="store_true", help="ask only what the record lacks")
     parser.add_argument("--only", nargs="+", choices=[*ADAPTERS], metavar="ADAPTER")
     parser.add_argument("--case", nargs="+", choices=[*QUESTIONS], metavar="NAME")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -45,20 +48,29 @@ def main() -> None:
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"--output (={arguments.output}) is in a folder that does not exist")
 
+    if arguments.resume and arguments.output is None:
+        parser.error("--resume needs --output, the record that lacks answers")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     jobs = [
         Job(adapter, case, arguments.device)
-        for case in arguments.case or QUESTIONS
+        # Those of two processes are the last ones and take the longest: they begin.
+        for case in reversed(arguments.case or [*QUESTIONS])
         for adapter in arguments.only or ADAPTERS
     ]
+    names = list(dict.fromkeys(job.adapter for job in jobs))
     answers: dict[Job, Answer] = {}
-    for job, answer in run_all(jobs, arguments.jobs, arguments.timeout):
-        answers[job] = answer
-        print(line(job, answer), flush=True)
-    if arguments.output is not None:
-        names = list(dict.fromkeys(job.adapter for job in jobs))
-        report.write(arguments.output, record(arguments.device, names, answers))
+    if arguments.resume and arguments.output.exists():
+        answers = known(arguments.output, record(arguments.device, names, {}))
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        left = [job for job in jobs if job not in answers]
+        for job, answer in run_all(left, arguments.jobs, arguments.timeout):
+            answers[job] = answer
+            print(line(job, answer), flush=True)
+    finally:
+        if arguments.output is not None:
+            report.write(arguments.output, record(arguments.device, names, answers))
     bad = [job for job, answer in answers.items() if not allowed(job, answer)]
     if arguments.check and bad:
         names_of_bad = ", ".join(f"{job.case} of {job.adapter}" for job in bad)
@@ -77,7 +89,25 @@ def line(job: Job, answer: Answer) -> str:
     return f"{job.case:30} {job.adapter:22} {answer.answer}{error}{detail}"
 
 
-def record(device: str, names: list[str], answers: dict[Job, Answer]) -> dict[str, object]:
+def stop(number: int, _: object) -> None:
+    """Ends the run so that what has been answered is written."""
+    signal.signal(number, signal.SIG_IGN)  # it may come twice, and the second time amid writing
+    sys.exit(128 + number)
+
+
+def known(file: Path, now: dict[str, Any]) -> dict[Job, Answer]:
+    """Returns the answers of a record, if it is of the same versions and hardware as `now`."""
+    before = report.read(file)
+    for key in ("versions", "hardware", "adapters"):
+        if before[key] != now[key]:
+            sys.exit(f"{file} has other {key} ({before[key]}): ask all again, without --resume")
+    return {
+        Job(case.pop("adapter"), case.pop("case"), now["hardware"]["device"]): Answer(**case)
+        for case in before["cases"]
+    }
+
+
+def record(device: str, names: list[str], answers: dict[Job, Answer]) -> dict[str, Any]:
     """Returns all that is written about a run."""
     versions = {"python": platform.python_version()}
     for package in ["torch", *(ADAPTERS[name].package for name in names)]:

@@ -27,6 +27,12 @@ def write(file: Path, record: dict[str, Any]) -> None:
     temporary.replace(file)
 
 
+def read(file: Path) -> dict[str, Any]:
+    """Reads a record."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
 def version(package: str) -> str:
     """Returns an installed package's version."""
     try:
@@ -44,7 +50,7 @@ def fill(text: str) -> str:
     """Replaces what stands between `<!-- record NAME -->` and `<!-- end -->`."""
 
     def replacement(match: re.Match[str]) -> str:
-        record = json.loads((RESULTS / f"{match[2]}.json").read_text(encoding="utf-8"))
+        record = read(RESULTS / f"{match[2]}.json")
         return f"{match[1]}\n{describe(record)}\n{match[3]}"
 
     pattern = r"(<!-- record (\w+) -->)\n.*?(<!-- end -->)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
 import time
 import warnings
@@ -36,6 +38,8 @@ class _Running(NamedTuple):
 def run_all(jobs: Sequence[Job], at_once: int, timeout: float) -> Iterator[tuple[Job, Answer]]:
     """Asks all questions, and yields the answers as they come.
 
+    Where there are several GPUs the processes take turns on them, each with one alone.
+
     Args:
         jobs: The questions.
         at_once: How many processes run at a time.
@@ -43,22 +47,34 @@ def run_all(jobs: Sequence[Job], at_once: int, timeout: float) -> Iterator[tuple
     """
     # What most cases would import by themselves, and what takes longest.
     PROCESSES.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
-    waiting, running = deque(jobs), list[_Running]()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(_start(waiting.popleft(), timeout))
-        soonest = min(each.deadline for each in running)
-        wait([each.connection for each in running], max(soonest - time.monotonic(), 0))
-        for each in list(running):
-            late = time.monotonic() > each.deadline
-            if each.connection.poll() or late:
-                running.remove(each)
-                yield each.job, _answer(each, timeout)
+    waiting, running, gpus = deque(jobs), list[_Running](), itertools.cycle(_gpus())
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(_start(waiting.popleft(), timeout, next(gpus)))
+            soonest = min(each.deadline for each in running)
+            wait([each.connection for each in running], max(soonest - time.monotonic(), 0))
+            for each in list(running):
+                late = time.monotonic() > each.deadline
+                if each.connection.poll() or late:
+                    running.remove(each)
+                    yield each.job, _answer(each, timeout)
+    finally:
+        for each in running:
+            each.process.kill()
 
 
-def _start(job: Job, timeout: float) -> _Running:
+def _gpus() -> list[str | None]:
+    """Returns what `CUDA_VISIBLE_DEVICES` may be, for one process each."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        visible = ",".join(map(str, range(torch.cuda.device_count())))
+    return [*filter(None, visible.split(","))] or [None]
+
+
+def _start(job: Job, timeout: float, gpu: str | None) -> _Running:
     here, there = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=_work, args=(job, there))
+    process = PROCESSES.Process(target=_work, args=(job, there, gpu))
     process.start()
     there.close()
     return _Running(job, process, here, time.monotonic() + timeout)
@@ -85,7 +101,9 @@ def _answer(running: _Running, timeout: float) -> Answer:
     return answer
 
 
-def _work(job: Job, connection: Connection) -> None:
+def _work(job: Job, connection: Connection, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which it has not yet
     # Its own torch has had no call yet, so that one case cannot change what another sees.
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
