@@ -34,6 +34,8 @@ from revtrain.optim import make_optimizer, make_scheduler
 from revtrain.provenance import provenance
 from revtrain.step import TrainStep
 
+Row = dict[str, Any]
+
 _LIMIT = 1 << 20
 _TIMED = 6
 USUAL = (
@@ -83,7 +85,7 @@ def main() -> None:
             write_json(arguments.output, record | provenance(accelerator))
 
 
-def in_a_process(name: str) -> list[dict[str, Any]]:
+def in_a_process(name: str) -> list[Row]:
     """Returns the rows of one way, and why there are no more, if so."""
     words = [*sys.argv[1:], "--one", "--ways", name]
     done = subprocess.run(
@@ -106,9 +108,7 @@ def make_spec(arguments: argparse.Namespace) -> NetSpec:
     )
 
 
-def measure(
-    arguments: argparse.Namespace, name: str, accelerator: Accelerator
-) -> Iterator[dict[str, Any]]:
+def measure(arguments: argparse.Namespace, name: str, accelerator: Accelerator) -> Iterator[Row]:
     """Yields a row for each batch, and then the largest batch of each cap."""
     way = WAYS[name]
     if way.absent:
@@ -124,7 +124,7 @@ def measure(
         labels = torch.randint(10, (batch_size,), device=device)
         return x.to(memory_format=memory_format(device)), labels
 
-    def speed(batch_size: int, count: int = _TIMED) -> dict[str, Any]:
+    def speed(batch_size: int, count: int = _TIMED) -> Row:
         step = TrainStep(*prepared, accelerator, label_smoothing=0.0, graph=False)
         milliseconds = statistics.median(run(step, *noise(batch_size), count))
         throughput = 1e3 * batch_size / milliseconds
@@ -134,14 +134,13 @@ def measure(
             "images_per_second": throughput,
         }
 
-    def fits(batch_size: int) -> bool:
+    def attempt(batch_size: int, count: int) -> Row | None:
         try:
-            speed(batch_size, 2)
+            return speed(batch_size, count)
         except torch.cuda.OutOfMemoryError:
-            return False
+            return None
         finally:
             clear()
-        return True
 
     def clear() -> None:
         net.zero_grad(set_to_none=True)
@@ -162,21 +161,22 @@ def measure(
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
         # Begun below what the batches promise, because an attempt takes as long as it is large.
         start = int(0.75e9 * gigabytes / bytes_per_image) if bytes_per_image else 64
-        yield {"gigabytes": gigabytes, **speed(largest(fits, max(1, start)))}
-        clear()
+        yield {"gigabytes": gigabytes, **largest(attempt, max(1, start))}
 
 
-def largest(fits: Callable[[int], bool], start: int = 64) -> int:
-    """Finds the largest size that fits, to one part in sixteen."""
+def largest(attempt: Callable[[int, int], Row | None], start: int) -> Row:
+    """Finds the largest batch whose steps fit, to one part in sixteen; returns its row."""
     good, bad = 0, start
-    while bad < _LIMIT and fits(bad):
+    while bad < _LIMIT and attempt(bad, 2):
         good, bad = bad, 2 * bad
     while bad - good > max(1, bad // 16):
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    if not good:
-        raise MemoryError(f"not even a batch of {bad} fits")
-    return good
+        good, bad = (middle, bad) if attempt(middle, 2) else (good, middle)
+    while good:
+        if row := attempt(good, _TIMED):
+            return row
+        good -= max(1, good // 16)  # more steps may leave more gaps in the memory
+    raise MemoryError(f"not even a batch of {bad} fits")
 
 
 if __name__ == "__main__":
