@@ -16,14 +16,14 @@ from triton.compiler import ASTSource, compile
 import triton.language as tl
 from revmodels import conv_kernels, conv_passes, kernels, passes
 
-sizes = ["size", "width", "rows", "apart", "steps", "parts"]
+sizes = ["size", "width", "rows", "apart", "steps", "parts", "places"]
 integers = dict.fromkeys([*sizes, "channels", "eights", "output_eights"], "i32")
 floats = dict.fromkeys(["share", "momentum", "eps", "sign", "finer", "coarser", "limit"], "fp32")
 tile = {"ROWS": passes.ROWS, "COLUMNS": passes.COLUMNS}
 parts = {"PARTS": passes.PARTS, "CHANNELS": passes.CHANNELS}
 VARIANTS = {
     "moments": tile | {"FOLD": 16},
-    "merge_moments": parts | {"TRACK": True},
+    "merge_moments": parts | {"TRACK": True, "TILES": True},
     "normalize": tile | {"RELU": True},
     "gradient_sums": tile | {"RELU": True, "FOLD": 128},
     "merge_sums": parts,
@@ -33,7 +33,7 @@ product = {"DTYPE": tl.bfloat16, "PRECISION": "tf32"}
 product |= {"ROWS": conv_passes.ROWS, "CHANNELS": 64, "OUTPUTS": 64}
 around = product | {"KERNEL": 3, "HEIGHT": 8, "WIDTH": 8}
 CONVOLUTIONS = {
-    "convolve": around | {"ADD": True, "GRID": True},
+    "convolve": around | {"ADD": True, "GRID": True, "TELL": True},
     "gradient_sums": product,
     "add_up": {"MORE": True, "PARTS": conv_passes.PARTS, "COLUMNS": conv_passes.COLUMNS},
     "input_gradient": product | {"ADD": True},

@@ -12,11 +12,12 @@ import revmodels
 from revmodels import fused
 from revmodels.branches import Branch, make_branch
 from revmodels.fused import load
+from revmodels.moments import Moments
 from revmodels.normalized_conv import norm_relu_conv
-from revmodels.passes import Normalization
 
-passes = pytest.importorskip(
-    "revmodels.conv_passes", reason="there is no Triton", exc_type=ImportError
+passes, norm_passes = (
+    pytest.importorskip(name, reason="there is no Triton", exc_type=ImportError)
+    for name in ("revmodels.conv_passes", "revmodels.passes")
 )
 pytest.importorskip("numpy", reason="Triton's interpreter needs it")
 
@@ -139,6 +140,44 @@ def test_autocast(device, dtype, size):
         assert relative_error(ours, theirs) < 2.0**-6
 
 
+@pytest.mark.parametrize(("shape", "outputs", "size"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_of_what_is_written(device, shape, outputs, size, dtype):
+    """The statistics are those of the result, also if its mean is large beside its deviation."""
+    norm, conv = make_layers(shape[1], outputs, device, size)
+    x = batch(*shape, device=device).detach()
+    by = norm_passes.Normalization(
+        *norm_passes.statistics(x, norm.eps), norm.weight, norm.bias.detach() + 99
+    )
+    moments = Moments()
+    y = passes.convolve(x, by, conv.weight.detach().abs(), dtype=dtype, moments=moments)
+    running = (torch.zeros(outputs), torch.ones(outputs), torch.tensor(0))
+    running = tuple(buffer.to(device) for buffer in running)
+    mean, inverse = norm_passes.statistics(y, 1e-5, running, 1.0, moments)
+    variance, center = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    assert relative_error(mean, center) < 1e-6
+    assert relative_error(inverse, (variance + 1e-5).rsqrt()) < 1e-4
+    count = y.numel() // outputs
+    assert torch.equal(running[0], mean)
+    assert relative_error(running[1], variance * count / (count - 1)) < 1e-4
+    assert running[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "training"), [("basic", True), ("bottleneck", True), ("basic", False)]
+)
+def test_a_branch_reads_its_input_alone_for_statistics(device, monkeypatch, kind, training):
+    looked_at = []
+    sum_up = norm_passes._sum_up
+    monkeypatch.setattr(norm_passes, "_sum_up", lambda x: looked_at.append(x) or sum_up(x))
+    branch = make_branch(kind, 32, 32 if kind == "basic" else 8).train(training)
+    branch.to(device, memory_format=torch.channels_last)
+    x = batch(2, 32, 4, 4, device=device).detach()
+    with torch.no_grad():
+        revmodels.set_fused(branch, True)(x)
+    assert [seen is x for seen in looked_at] == [True] * training
+
+
 def test_weights_that_were_cast_before(device):
     layers, x = make_layers(16, 8, device), batch(2, 16, 4, 4, device=device)
     layers[1].to(torch.bfloat16)
@@ -242,13 +281,16 @@ def test_channels_that_are_no_eights_run_as_they_are(device, products):
 
 
 def test_large_convolutions_of_half_precision_run_as_they_are(device, monkeypatch):
-    layers, x = make_layers(16, 8, device, 3), batch(2, 16, 4, 4, device=device)
-    one_by_one = make_layers(16, 8, device)
+    layers, x = make_layers(24, 8, device, 3), batch(2, 24, 4, 4, device=device)
+    narrow, less = make_layers(16, 8, device, 3), batch(2, 16, 4, 4, device=device)
+    one_by_one = make_layers(24, 8, device)
     monkeypatch.setattr(passes, "MOST_PRODUCTS", x.numel() * 8 - 1)
     assert is_fused(norm_relu_conv(*layers, x))
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert not is_fused(norm_relu_conv(*layers, x))
         assert is_fused(norm_relu_conv(*one_by_one, x))
+        monkeypatch.setattr(passes, "MOST_PRODUCTS", 1)
+        assert is_fused(norm_relu_conv(*narrow, less))
         monkeypatch.setattr(passes, "MOST_PRODUCTS", x.numel() * 8)
         assert is_fused(norm_relu_conv(*layers, x))
 
@@ -341,7 +383,7 @@ def test_rounding_to_a_grid(device, size, sign):
     nn.init.normal_(conv.weight, std=100)
     x = batch(2, 16, 5, 5, device=device).detach()
     zero, one = torch.zeros(16, device=device), torch.ones(16, device=device)
-    by = Normalization(zero, one, norm.weight.detach(), norm.bias.detach())
+    by = norm_passes.Normalization(zero, one, norm.weight.detach(), norm.bias.detach())
     weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
     t = passes.convolve(x, by, weight, dtype=torch.float32)
     base = torch.randint_like(t, -100, 100) / 4
@@ -353,7 +395,7 @@ def test_rounding_to_a_grid(device, size, sign):
     halves = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.25, 3.75], device=device)
     conv.weight.data.zero_()
     conv.weight.data[:8, 0, size // 2, size // 2] = halves
-    by = Normalization(zero, one, one, zero)
+    by = norm_passes.Normalization(zero, one, one, zero)
     weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
     found = passes.convolve(
         torch.ones_like(x), by, weight, dtype=torch.float32, base=0 * base, sign=sign, grid=1

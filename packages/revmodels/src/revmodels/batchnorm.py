@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revcore import remember
 from revmodels.fused import load, may_fuse
+from revmodels.moments import Moments
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, *, relu: bool = True, cast: bool = True) -> Tensor:
@@ -51,7 +52,7 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, *, relu: bool = True, cast: bool
     return y
 
 
-def statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(norm: Any, x: Tensor, moments: Moments | None = None) -> tuple[Tensor, Tensor]:
     """Returns mean and one over the standard deviation of each channel, by which `norm` normalizes.
 
     In training they are those of the batch, and the running ones are updated.
@@ -59,6 +60,7 @@ def statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         norm: An `nn.BatchNorm2d` for which `may_fuse` is true.
         x: The batch.
+        moments: What is known of it.
     """
     if not norm.training:
         return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
@@ -66,7 +68,9 @@ def statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     running = None
     if norm.track_running_stats:
         running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    mean, inverse = remember(lambda: passes.statistics(x, norm.eps, running, norm.momentum))
+    mean, inverse = remember(
+        lambda: passes.statistics(x, norm.eps, running, norm.momentum, moments)
+    )
     return mean, inverse
 
 

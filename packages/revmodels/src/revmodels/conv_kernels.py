@@ -67,6 +67,17 @@ def _to_integer(value):
 
 
 @triton.jit
+def _store_moments(tile, within, left, out, apart, wanted, ROWS: tl.constexpr):
+    """Stores the sums of a tile's values, and of their squared deviations from their own mean."""
+    value = tl.where(within[:, None], tile.to(tl.float32), 0.0)
+    added = tl.sum(value, 0)
+    center = added / tl.minimum(left, ROWS).to(tl.float32)
+    deviation = tl.where(within[:, None], value - center[None, :], 0.0)
+    tl.store(out, added, mask=wanted)
+    tl.store(out + apart, tl.sum(deviation * deviation, 0), mask=wanted)
+
+
+@triton.jit
 def convolve(
     x,
     mean,
@@ -77,6 +88,7 @@ def convolve(
     base,
     out,
     peak,
+    partial,
     rows,
     eights,
     output_eights,
@@ -90,6 +102,7 @@ def convolve(
     WIDTH: tl.constexpr,
     ADD: tl.constexpr,
     GRID: tl.constexpr,
+    TELL: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -99,7 +112,8 @@ def convolve(
     """The convolution; with `ADD`, `base + sign` times it. Rows of `base` lie `apart`.
 
     With `GRID` it is rounded to multiples of `coarser`, of which `finer` make one, and the peak
-    becomes infinite if a sum is not below the limit.
+    becomes infinite if a sum is not below the limit. With `TELL` it also stores the sums of each
+    tile of the result.
     """
     channels, outputs = eights * 8, output_eights * 8
     # Programs that read the same rows run one after the other, so these come from the cache.
@@ -154,7 +168,12 @@ def convolve(
             if tl.min(tl.min(fits.to(tl.int32), 1), 0) == 0:
                 tl.store(peak, float("inf"))
     place = row[:, None] * outputs + output[None, :]
-    tl.store(out + begin * outputs + place, total.to(out.dtype.element_ty), mask=valid)
+    written = total.to(out.dtype.element_ty)
+    tl.store(out + begin * outputs + place, written, mask=valid)
+    if TELL:
+        partial += tl.program_id(1) * outputs + output
+        between = tl.num_programs(1) * outputs
+        _store_moments(written, within, rows - begin, partial, between, wanted, ROWS)
 
 
 @triton.jit(do_not_specialize=["steps"])

@@ -14,6 +14,7 @@ from revmodels import conv_kernels as kernels
 from revmodels.agreement import CHANNELS, agree, example, noise
 from revmodels.fused import interpreted
 from revmodels.launch import launch
+from revmodels.moments import Moments
 from revmodels.passes import Normalization, input_gradient, merge_sums
 
 # Rows of a tile: few enough for small images to occupy a GPU.
@@ -26,8 +27,8 @@ ACTIVATION = {16: ((64, 4), (64, 4)), 32: ((64, 8), (64, 4)), 64: ((32, 8), (64,
 LEAST, MOST = 16, 64
 # Outputs of a 1x1 convolution: its gradients need all of a place in one program.
 MOST_OUTPUTS = 256
-# Channels and outputs of one of 3x3, and in half precision products for each of its nine places:
-# with more, torch's kernels are better.
+# Channels and outputs of one of 3x3, and in half precision products for each of its nine places
+# if it has more than `LEAST` of both: with more, torch's kernels are better.
 MOST_AROUND = 64
 MOST_PRODUCTS = 40_000_000
 # Programs of the first stage of a sum, and the numbers that they leave to the second.
@@ -93,7 +94,7 @@ def can_convolve(x: Tensor, outputs: int, kernel_size: int, dtype: torch.dtype) 
     return (
         kernel_size == 3
         and max(channels, outputs) <= MOST_AROUND
-        and (dtype == torch.float32 or products <= MOST_PRODUCTS)
+        and (dtype == torch.float32 or max(channels, outputs) <= LEAST or products <= MOST_PRODUCTS)
     )
 
 
@@ -115,6 +116,7 @@ def convolve(
     sign: int = 1,
     grid: int | None = None,
     peak: Tensor | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """Computes a convolution of the ReLU of what is normalized.
 
@@ -128,6 +130,7 @@ def convolve(
         grid: Number of fractional bits of `base`, which the result is rounded to before it is
             added; see `revcore.FixedPointCoupling`.
         peak: A float32 number that becomes infinite if a sum does not fit into a grid.
+        moments: Gets the sums of the result.
 
     Returns:
         Shape `(N, O, H, W)`, in `channels_last`.
@@ -148,13 +151,17 @@ def convolve(
     if kernel_size > 1:
         image = height, width
         high, warps = CONVOLVE[_columns(channels)][dtype != torch.float32]
+    parts, partial = triton.cdiv(rows, high), out
+    if moments is not None:
+        partial = torch.empty((2, parts, outputs), dtype=torch.float32, device=x.device)
+        moments.sums, moments.places = partial, high
     launch(
         kernels.convolve,
-        (triton.cdiv(outputs, columns), triton.cdiv(rows, high)),
-        *(x, *by, matrix, added, out, peak),
+        (triton.cdiv(outputs, columns), parts),
+        *(x, *by, matrix, added, out, peak, partial),
         *(rows, channels // 8, outputs // 8, apart, float(sign)),
         *(2.0**bits, 2.0**-bits, 2.0 ** (24 - bits)),
-        *(kernel_size, *image, base is not None, grid is not None),
+        *(kernel_size, *image, base is not None, grid is not None, moments is not None),
         *(*_product(dtype), high, _columns(channels), columns),
         num_warps=warps,
     )

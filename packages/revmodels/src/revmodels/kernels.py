@@ -97,6 +97,35 @@ def moments(
     _store_sums(total, square, partial, part, width, COLUMNS, FOLD)
 
 
+@triton.jit
+def _add_up_tiles(
+    partial,
+    channel,
+    inside,
+    rows,
+    places,
+    parts,
+    channels,
+    PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Adds up what tiles of `places` rows stored, as deviations from the mean of the first one."""
+    pivot = tl.load(partial + channel, inside, other=0.0) / tl.minimum(places, rows).to(tl.float32)
+    first = tl.zeros([PARTS, CHANNELS], tl.float32)
+    second = tl.zeros([PARTS, CHANNELS], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = part[:, None] * channels + channel[None, :]
+        valid = inside[None, :] & (part < parts)[:, None]
+        count = tl.maximum(tl.minimum(rows - part * places, places), 1).to(tl.float32)[:, None]
+        added = tl.load(partial + place, mask=valid, other=0.0)
+        shift = tl.where(valid, added / count - pivot[None, :], 0.0)
+        first += count * shift
+        square = tl.load(partial + parts * channels + place, mask=valid, other=0.0)
+        second += square + count * shift * shift
+    return pivot, tl.sum(first, 0), tl.sum(second, 0)
+
+
 @triton.jit(do_not_specialize=["parts"])
 def merge_moments(
     x,
@@ -107,21 +136,32 @@ def merge_moments(
     running_var,
     batches,
     rows,
+    places,
     parts,
     channels,
     momentum,
     eps,
     TRACK: tl.constexpr,
+    TILES: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Mean and deviation; updates the running statistics as nn.BatchNorm2d does."""
+    """Mean and deviation; updates the running statistics as nn.BatchNorm2d does.
+
+    The sums are those of `moments`, or with `TILES` those that a convolution told.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
-    total, square = _add_up(partial, channel, inside, parts, channels, PARTS, CHANNELS)
+    if TILES:
+        pivot, total, square = _add_up_tiles(
+            partial, channel, inside, rows, places, parts, channels, PARTS, CHANNELS
+        )
+    else:
+        pivot = _pivot(x, channel, inside, rows, channels)
+        total, square = _add_up(partial, channel, inside, parts, channels, PARTS, CHANNELS)
     count = rows.to(tl.float32)
     shift = total / count
-    center = _pivot(x, channel, inside, rows, channels) + shift
+    center = pivot + shift
     square -= total * shift
     square = tl.where(square < 0, 0.0, square)  # NaN stays NaN
     tl.store(mean + channel, center, mask=inside)

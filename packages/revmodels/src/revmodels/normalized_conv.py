@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from revcore import Destination
 from revmodels.batchnorm import batch_norm_relu, plain_gradients, statistics
 from revmodels.fused import is_plain, load, may_fuse
+from revmodels.moments import Moments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,6 +29,8 @@ def norm_relu_conv(
     conv: nn.Module,
     x: Tensor,
     *,
+    moments: Moments | None = None,
+    moments_to: Moments | None = None,
     result_to: Destination | None = None,
     gradient_to: Destination | None = None,
 ) -> Tensor:
@@ -37,6 +40,8 @@ def norm_relu_conv(
         norm: An `nn.BatchNorm2d`, or what stands for it, which is called as it is.
         conv: An `nn.Conv2d`, likewise.
         x: Shape `(N, C, H, W)`.
+        moments: What is known of `x`, for its statistics.
+        moments_to: What will be known of the result, for the statistics of one that follows.
         result_to: Of a branch that ends here; see `revcore.get_destination`.
         gradient_to: Of a branch whose input is `x` and nothing else.
 
@@ -57,8 +62,10 @@ def norm_relu_conv(
     if result_to is not None and _fits(result_to, conv, x, dtype, kernels):
         base, result_to.added = result_to.stream, True
     constants = (kernels, norm.eps, dtype, result_to, gradient_to)
+    tell = moments_to if norm.training else None
     y: Tensor = _NormalizedConv.apply(
-        x, *statistics(norm, x), norm.weight, norm.bias, conv.weight, base, constants
+        *(x, *statistics(norm, x, moments), norm.weight, norm.bias, conv.weight),
+        *(base, tell, constants),
     )
     return y
 
@@ -68,7 +75,7 @@ class _NormalizedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, base, constants = arguments
+        *tensors, base, moments, constants = arguments
         kernels, _, dtype, to, _ = ctx.constants = constants
         ctx.save_for_backward(*tensors)
         x, *by, matrix = tensors
@@ -76,7 +83,7 @@ class _NormalizedConv(torch.autograd.Function):
         if base is not None:
             kwargs = {"base": base, "sign": to.sign, "grid": to.grid, "peak": to.peak}
         ctx.negative = base is not None and to.sign < 0 and not to.reconstructs
-        y: Tensor = kernels.convolve(x, by, matrix, dtype=dtype, **kwargs)
+        y: Tensor = kernels.convolve(x, by, matrix, dtype=dtype, moments=moments, **kwargs)
         return y
 
     @staticmethod
@@ -106,7 +113,7 @@ class _NormalizedConv(torch.autograd.Function):
                 base=base,
             )
         of_x, *of_affine, of_matrix = found
-        return (of_x, None, None, *of_affine, of_matrix, of_base, None)
+        return (of_x, None, None, *of_affine, of_matrix, of_base, None, None)
 
 
 def _product_dtype(conv: Any, x: Tensor, kernels: Any) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from revmodels import kernels
 from revmodels.agreement import agree, example
 from revmodels.launch import launch
+from revmodels.moments import Moments
 
 # A tile of the passes over the batch, rows by columns, and the warps that share it. With more rows
 # a multiprocessor has registers for one program of `gradient_sums` only.
@@ -81,6 +82,7 @@ def statistics(
     eps: float,
     running: tuple[Tensor, Tensor, Tensor] | None = None,
     momentum: float = 0.0,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes mean and `1 / sqrt(variance + eps)` of every channel.
 
@@ -89,30 +91,43 @@ def statistics(
         eps: Added to the biased variance.
         running: Mean, variance and counter, updated in place.
         momentum: Share of this batch in them.
+        moments: What is known of the batch.
 
     Returns:
         Two float32 tensors of shape `(C,)`.
     """
+    if moments is None or moments.sums is None:
+        partial, parts = _sum_up(x)
+        places = 0
+    else:
+        partial, parts, places = moments.sums, moments.sums.shape[1], moments.places
+    channels = x.shape[1]
+    result = torch.empty((2, channels), dtype=torch.float32, device=x.device)
+    tracked = running or (result, result, result)
+    mean, inverse = result.unbind()
+    launch(
+        kernels.merge_moments,
+        (triton.cdiv(channels, CHANNELS),),
+        *(x, partial, mean, inverse, *tracked),
+        *(x.numel() // channels, places, parts, channels, momentum, eps),
+        *(running is not None, places > 0, PARTS, CHANNELS),
+        num_warps=MERGE_WARPS,
+    )
+    return mean, inverse
+
+
+def _sum_up(x: Tensor) -> tuple[Tensor, int]:
+    """Returns tables of deviations from a pivot, and of their squares; and the rows of a table."""
     size, channels = x.numel(), x.shape[1]
     width, _, steps, parts, fold, rows = _lay_out(size, channels)
     partial = torch.empty(2 * rows * channels, dtype=torch.float32, device=x.device)
-    result = torch.empty((2, channels), dtype=torch.float32, device=x.device)
     launch(
         kernels.moments,
         parts,
         *(x, partial, size, width, channels, steps, ROWS, COLUMNS, fold),
         num_warps=WARPS,
     )
-    tracked = running or (result, result, result)
-    mean, inverse = result.unbind()
-    launch(
-        kernels.merge_moments,
-        (triton.cdiv(channels, CHANNELS),),
-        *(x, partial, mean, inverse, *tracked, size // channels, rows, channels, momentum, eps),
-        *(running is not None, PARTS, CHANNELS),
-        num_warps=MERGE_WARPS,
-    )
-    return mean, inverse
+    return partial, rows
 
 
 def normalize(x: Tensor, by: Normalization, *, relu: bool, dtype: torch.dtype) -> Tensor:
