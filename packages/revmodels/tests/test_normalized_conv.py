@@ -116,7 +116,8 @@ def test_values_gradients_and_buffers(device, shape, outputs, size):
 @pytest.mark.parametrize("size", [1, 3])
 def test_sums_over_many_parts_of_many_tiles(device, size, monkeypatch):
     monkeypatch.setattr(passes, "PROGRAMS", 6)
-    monkeypatch.setattr(passes, "PROGRAMS_AROUND", 36)
+    for tiles in (passes.ACTIVATION, passes.MATRIX):
+        monkeypatch.setitem(tiles, 64, ((64, 4, 3, 36), (64, 4, 3, 36)))
     monkeypatch.setattr(passes, "PARTS", 2)
     assert passes._parts(5 * 11 * 11, 64, 3, 1) == (4, 3)
     compare(make_layers(40, 48, device, size), batch(5, 40, 11, 11, device=device), 2e-6)

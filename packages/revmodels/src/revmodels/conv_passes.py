@@ -19,10 +19,24 @@ from revmodels.passes import Normalization, input_gradient, merge_sums
 
 # Rows of a tile: few enough for small images to occupy a GPU.
 ROWS = 64
-# Rows and warps of the tiles of 3x3 by columns, in float32 and in half precision: those for which
-# the compiled kernels have the fewest instructions, and registers for several of them at once.
-CONVOLVE = {16: ((64, 4), (64, 4)), 32: ((32, 4), (64, 8)), 64: ((32, 4), (64, 8))}
-ACTIVATION = {16: ((64, 4), (64, 4)), 32: ((64, 8), (64, 4)), 64: ((32, 8), (64, 8))}
+# Tiles of 3x3 by columns, in float32 and in half precision: rows, warps, how many tiles the
+# compiler has on their way at once, and programs of the first stage of a sum. By measurement; see
+# benchmarks/LOG.md.
+CONVOLVE = {
+    16: ((64, 4, 3), (64, 4, 3)),
+    32: ((32, 4, 3), (64, 8, 3)),
+    64: ((32, 4, 3), (64, 8, 3)),
+}
+ACTIVATION = {
+    16: ((64, 4, 3, 528), (64, 4, 3, 528)),
+    32: ((64, 8, 3, 528), (64, 4, 3, 528)),
+    64: ((32, 8, 3, 528), (64, 8, 3, 528)),
+}
+MATRIX = {
+    16: ((32, 4, 3, 528), (64, 4, 3, 528)),
+    32: ((32, 4, 3, 528), (64, 4, 3, 528)),
+    64: ((32, 4, 3, 528), (64, 4, 3, 528)),
+}
 # Columns of a tile, at least and at most; tensor cores take no fewer.
 LEAST, MOST = 16, 64
 # Outputs of a 1x1 convolution: its gradients need all of a place in one program.
@@ -33,7 +47,6 @@ MOST_AROUND = 64
 MOST_PRODUCTS = 40_000_000
 # Programs of the first stage of a sum, and the numbers that they leave to the second.
 PROGRAMS = 264
-PROGRAMS_AROUND = 528
 PARTIAL = 1 << 20
 # A tile of the second stage.
 PARTS, COLUMNS = 64, 32
@@ -147,10 +160,10 @@ def convolve(
     columns, bits = _columns(outputs), 0 if grid is None else grid
     # The kernel is the same whether somebody asks for the peak or not, and so are the bits.
     peak = torch.empty((), dtype=torch.float32, device=x.device) if peak is None else peak
-    kernel_size, image, high, warps = matrix.shape[-1], (1, 1), ROWS, 4
+    kernel_size, image, (high, warps, stages) = matrix.shape[-1], (1, 1), (ROWS, 4, 3)
     if kernel_size > 1:
         image = height, width
-        high, warps = CONVOLVE[_columns(channels)][dtype != torch.float32]
+        high, warps, stages = CONVOLVE[_columns(channels)][dtype != torch.float32]
     parts, partial = triton.cdiv(rows, high), out
     if moments is not None:
         partial = torch.empty((2, parts, outputs), dtype=torch.float32, device=x.device)
@@ -164,6 +177,7 @@ def convolve(
         *(kernel_size, *image, base is not None, grid is not None, moments is not None),
         *(*_product(dtype), high, _columns(channels), columns),
         num_warps=warps,
+        num_stages=stages,
     )
     return out
 
@@ -260,8 +274,9 @@ def _gradients_around(
     outputs, kernel_size = matrix.shape[0], matrix.shape[-1]
     rows, tiles = n * height * width, (_columns(channels), _columns(outputs))
     sizes, constants = (rows, channels // 8, outputs // 8), (kernel_size, height, width)
-    high, warps = ACTIVATION[tiles[0]][dtype != torch.float32]
-    steps, parts = _parts(rows, high, PROGRAMS_AROUND, 2 * channels)
+    half = dtype != torch.float32
+    high, warps, stages, programs = ACTIVATION[tiles[0]][half]
+    steps, parts = _parts(rows, high, programs, 2 * channels)
     of_normal = torch.empty_like(x, dtype=dtype)
     partial = x.new_empty((2, parts, channels), dtype=torch.float32)
     launch(
@@ -270,17 +285,21 @@ def _gradients_around(
         *(grad, x, *by, matrix, of_normal, partial, *sizes, steps),
         *(*constants, *_product(dtype), high, *tiles),
         num_warps=warps,
+        num_stages=stages,
     )
     of_affine = merge_sums(partial, parts, channels)
 
-    high, taps = ROWS // 2 if dtype == torch.float32 else ROWS, kernel_size**2
-    steps, parts = _parts(rows, high, PROGRAMS_AROUND // taps, matrix.numel())
+    taps = kernel_size**2
+    high, warps, stages, programs = MATRIX[tiles[0]][half]
+    steps, parts = _parts(rows, high, programs // taps, matrix.numel())
     partial = x.new_empty((parts, matrix.numel()), dtype=torch.float32)
     launch(
         kernels.matrix_gradient,
         (taps, parts),
         *(grad, x, *by, partial, *sizes, steps),
         *(*constants, *_product(dtype), high, *tiles),
+        num_warps=warps,
+        num_stages=stages,
     )
     of_matrix = torch.empty_like(matrix)
     launch(
