@@ -22,10 +22,10 @@ COLUMNS = 128
 WARPS = 8
 # Programs of the first stage of a sum: enough to occupy a GPU, few enough to be added up by one.
 PROGRAMS = 256
-# A tile of the second stage, and the warps that share it: more if there are several tiles.
+# A tile of the second stage, and the warps that share it.
 PARTS = 256
-CHANNELS = 8
-MERGE_WARPS = (8, 16)
+CHANNELS = 16
+MERGE_WARPS = 8
 
 
 class Normalization(NamedTuple):
@@ -111,7 +111,7 @@ def statistics(
         *(x, partial, mean, inverse, *tracked),
         *(x.numel() // channels, places, parts, channels, momentum, eps),
         *(running is not None, places > 0, PARTS, CHANNELS),
-        num_warps=MERGE_WARPS[parts > PARTS],
+        num_warps=MERGE_WARPS,
     )
     return mean, inverse
 
@@ -185,7 +185,7 @@ def merge_sums(partial: Tensor, rows: int, channels: int) -> tuple[Tensor, Tenso
         kernels.merge_sums,
         (triton.cdiv(channels, CHANNELS),),
         *(partial, grad_bias, grad_weight, rows, channels, PARTS, CHANNELS),
-        num_warps=MERGE_WARPS[rows > PARTS],
+        num_warps=MERGE_WARPS,
     )
     return grad_weight, grad_bias
 
