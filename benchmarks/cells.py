@@ -9,8 +9,9 @@ alone, of seed 0 with the data set's own recipe. The environment variable REVDAT
 folder of the data.
 
 A cell whose folder has a summary is done and is passed over; one that failed leaves its last words
-there, and is tried again. One that was stopped goes on from its last checkpoint; its time from
-start to end is then unknown (null). Arguments after `--` go to revtrain as they are.
+there, and is tried again. Ctrl-C and SIGTERM let the run save a checkpoint, from which it goes on
+next time; its time from start to end is then unknown (null). Arguments after `--` go to revtrain as
+they are, and what is trained in another way needs a `--label`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import itertools
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +33,7 @@ from revtrain.run_folder import RunFolder
 RESULTS = Path(__file__).parent / "results" / "cells"
 NETS = ("resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164")
 _KEPT = ("config.json", "metrics.jsonl", "summary.json")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs") / "cells")
     arguments = parser.parse_args(own)
     arguments.more = more
+    if more and not arguments.label and set(more) != {"--download"}:
+        parser.error(f"what is trained with {shlex.join(more)} needs a --label, a word of it")
     return arguments
 
 
@@ -119,14 +124,13 @@ def train(cell: Cell, arguments: argparse.Namespace) -> bool:
     kept.mkdir(parents=True, exist_ok=True)
     log = kept / "output.txt"
     started = time.perf_counter()
-    with log.open("w", encoding="utf-8") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+    status = run(command, log)
     seconds = time.perf_counter() - started
     last_words = log.read_text(encoding="utf-8").splitlines()[-20:]
     log.unlink()
-    if done.returncode or not (folder / _KEPT[-1]).exists():
+    if status or not (folder / _KEPT[-1]).exists():
         number = len(list(kept.glob("failure-*.json"))) + 1
-        record = {"status": done.returncode, "wall_seconds": seconds, "output": last_words}
+        record = {"status": status, "wall_seconds": seconds, "output": last_words}
         write_json(kept / f"failure-{number}.json", record)
         print(f"{cell.name}: failed, {last_words[-1] if last_words else ''}", flush=True)
         return False
@@ -145,6 +149,32 @@ def train(cell: Cell, arguments: argparse.Namespace) -> bool:
     accuracy = next(summary[key] for key in ("test_accuracy", "val_accuracy") if key in summary)
     print(f"{cell.name}: {accuracy:.2%} in {seconds:.0f} s", flush=True)
     return True
+
+
+def run(command: list[str], log: Path) -> int:
+    """Runs a command and returns its status; what ends this script ends the command first."""
+    told: list[int] = []
+    with log.open("w", encoding="utf-8") as output:
+        # A session of its own, so that a terminal's Ctrl-C does not come to it a second time.
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+        def stop(number: int, _: object) -> None:
+            told.append(number)
+            child.send_signal(signal.SIGTERM)
+
+        before = {number: signal.signal(number, stop) for number in _SIGNALS}
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if told:
+        log.unlink()
+        print("stopped; the same command goes on with it", flush=True)
+        sys.exit(128 + told[0])
+    return status
 
 
 if __name__ == "__main__":

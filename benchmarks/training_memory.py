@@ -3,9 +3,9 @@
     python benchmarks/training_memory.py --output FILE.json
 
 For each network, in a process of its own: what the forward pass leaves behind, the allocator's
-peak, and the memory in use as the driver reports it after some steps (libraries and CUDA's own
-included, and what others had in use before taken off), at a batch of 100 in float32, as MemCNN's
-were measured. Needs CUDA.
+peak, and the memory in use on the device as the driver reports it after some steps (libraries and
+CUDA's own included, and what others have in use; what that was before is in the record, if
+nvidia-smi can tell), at a batch of 100 in float32, as MemCNN's were measured. Needs CUDA.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import figures
 
 from tables.records import (
     RESULTS,
-    ROOT,
     hardware,
     machine,
     picture,
@@ -47,13 +46,12 @@ MEMCNN_MEMORY = {
 }
 
 
-def runs(*, link: bool = True) -> str:
+def single() -> str:
     """Returns all runs: what was trained on what, and what came of it."""
     rows = []
     for file in sorted(RESULTS.glob("*/summary.json")):
         summary = json.loads(file.read_text(encoding="utf-8"))
         config = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
-        folder = file.parent.relative_to(ROOT).as_posix()
         changed = "".join(
             f", {name} {' '.join(map(str, config['config'][name]))}"
             for name in ("blocks", "channels")
@@ -61,7 +59,7 @@ def runs(*, link: bool = True) -> str:
         )
         rows.append(
             [
-                (f"[{summary['model']}]({folder})" if link else summary["model"]) + changed,
+                summary["model"] + changed,
                 f"{summary['parameters']:,}",
                 summary["data"],
                 f"{summary['test_accuracy'] * 100:.2f} %",
@@ -118,10 +116,30 @@ def cells() -> str:
     header = "network, recipe, test accuracy %, runs, published %, seconds, peak MB, GPU"
     together = (
         f"\n\nThe {len(first)} networks with their data set's recipe and seed 0 took "
-        f"{sum(first.values()) / 60:.1f} minutes together."
+        f"{sum(first.values()) / 60:.1f} minutes together: the sum of their wall times, on the "
+        "GPUs and at the commits of their records. Seconds in the table are means over the seeds."
     )
     failed = f"\n\nRuns that failed: {failures}, their records are beside these."
     return table(header, rows) + together + (failed if failures else "")
+
+
+def twelve() -> str:
+    """Returns the accuracy of each network with its data set's recipe, beside the published one."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for file in sorted(RESULTS.glob("cells/*/summary.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        if file.parent.name.endswith(f"-{summary['data']}-seed{summary['seed']}"):
+            cell = summary["data"], summary["model"]
+            found.setdefault(cell, []).append(100 * summary["test_accuracy"])
+    rows = []
+    for model in dict.fromkeys(model for _, model in PUBLISHED):
+        row = [model]
+        for data in ("cifar10", "cifar100"):
+            accuracies = found[data, model]
+            row += [f"{statistics.mean(accuracies):.2f} ({len(accuracies)})"]
+            row += [f"{max(PUBLISHED[data, model]):.2f}"]
+        rows.append(row)
+    return table("network, CIFAR-10 % (runs), published, CIFAR-100 % (runs), published", rows)
 
 
 def _model(machine: dict[str, Any]) -> str:
@@ -140,7 +158,8 @@ def study() -> str:
                 *(f"{summary['data']} {summary['model']}", Path(summary["recipe"]).stem),
                 *(f"{summary['epochs']}", f"{summary['val_accuracy'] * 100:.2f}"),
                 f"{json.loads(last)['train_accuracy'] * 100:.1f}",
-                f"{summary['wall_seconds']:,.0f}",
+                # Unknown of a run that was stopped and went on.
+                f"{summary['wall_seconds']:,.0f}" if summary["wall_seconds"] else "",
             ]
         )
     return table("network, recipe, epochs, val accuracy %, training accuracy %, seconds", rows)
@@ -196,14 +215,15 @@ def stored() -> str:
     """Returns how RevNet-38 did with the same seed, reversed and stored, and the curves."""
     parts = []
     for data in ("cifar10", "cifar100"):
-        pair = [
-            read(f"cells/{data}-revnet38-{data}-seed0{label}/summary.json")
-            for label in ("", "-stored")
-        ]
+        folders = [f"cells/{data}-revnet38-{data}-seed0{label}" for label in ("", "-stored")]
+        pair = [read(f"{folder}/summary.json") for folder in folders]
+        configs = [read(f"{folder}/config.json") for folder in folders]
+        where = [f"{_model(one['hardware'])}, commit {one['commit'][:7]}" for one in configs]
         reversed_, kept = (100 * one["test_accuracy"] for one in pair)
         parts.append(
-            f"{data}: {reversed_:.2f} % reversed and {kept:.2f} % stored, "
-            f"{reversed_ - kept:+.2f} %; peak {pair[0]['peak_memory_bytes'] / 1e6:,.0f} and "
+            f"{data}: {reversed_:.2f} % reversed ({where[0]}) and {kept:.2f} % stored "
+            f"({where[1]}), {reversed_ - kept:+.2f} %; peak "
+            f"{pair[0]['peak_memory_bytes'] / 1e6:,.0f} and "
             f"{pair[1]['peak_memory_bytes'] / 1e6:,.0f} MB.\n\n"
             + picture(f"Loss of the two runs, {data}", f"stored-{data}")
         )

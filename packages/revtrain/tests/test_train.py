@@ -142,6 +142,27 @@ def test_other_choices_train_and_evaluate_too(train, options):
     assert again.accuracy == result.summary["test_accuracy"]
 
 
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [("cpu", None, "bf16"), ("cuda", None, "no"), ("cuda", "bf16", "bf16"), ("cpu", "no", "no")],
+)
+def test_evaluation_of_a_gpu_run_on_a_cpu(train, monkeypatch, device, asked, expected):
+    """In half precision most CPUs take half an hour for what takes them a minute in float32."""
+    result = train(mixed_precision="bf16", epochs=1)
+    file = result.run_folder / "config.json"
+    config = json.loads(file.read_text())
+    config["hardware"]["device"] = device
+    file.write_text(json.dumps(config))
+    found = []
+    make = revtrain.evaluation.make_accelerator
+    monkeypatch.setattr(
+        "revtrain.evaluation.make_accelerator",
+        lambda **options: found.append(options) or make(**options),
+    )
+    revtrain.evaluate(result.run_folder, cpu=True, mixed_precision=asked)
+    assert found == [{"cpu": True, "mixed_precision": expected}]
+
+
 def test_both_loaders_train_alike(train):
     """Without augmentation they make the same batches."""
     device, workers = train(out="device"), train(out="torch", loader="torch")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -65,6 +65,7 @@ def evaluate_command(
     data: str | None = None,
     data_dir: Path | None = None,
     cpu: bool = False,
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
 ) -> None:
     """Evaluate a finished run again: the same weights give the same accuracy.
 
@@ -73,10 +74,11 @@ def evaluate_command(
         data: Another data set than the one that the run was trained on.
         data_dir: Folder of the data. Default: the one that the run was given.
         cpu: Evaluate on the CPU even where there is an accelerator.
+        mixed_precision: Default: that of the run, but float32 on a CPU for a run on a GPU.
     """
     from revtrain import commands  # noqa: PLC0415
 
-    commands.evaluate(run, data=data, data_dir=data_dir, cpu=cpu)
+    commands.evaluate(run, data=data, data_dir=data_dir, cpu=cpu, mixed_precision=mixed_precision)
 
 
 @app.command(name="list")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -71,11 +72,25 @@ def plan(config: TrainConfig) -> None:
             print_plan(found)
 
 
-def evaluate(run: Path, *, data: str | None, data_dir: Path | None, cpu: bool) -> None:
+def evaluate(
+    run: Path,
+    *,
+    data: str | None,
+    data_dir: Path | None,
+    cpu: bool,
+    mixed_precision: Literal["no", "bf16", "fp16"] | None,
+) -> None:
     """Evaluates a run and prints its accuracy."""
     with _ending_together():
         try:
-            result = evaluate_run(run, data=data, data_dir=data_dir, cpu=cpu)
+            result = evaluate_run(
+                run,
+                data=data,
+                data_dir=data_dir,
+                cpu=cpu,
+                mixed_precision=mixed_precision,
+                progress=True,
+            )
         except _BAD_INPUT as error:
             end_with(error, 2)
         if _is_first():

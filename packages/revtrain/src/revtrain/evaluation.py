@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 import revdata
@@ -92,6 +94,8 @@ def evaluate(
     data: str | None = None,
     data_dir: Path | None = None,
     cpu: bool = False,
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Evaluates the weights of a finished run, as training did at its end.
 
@@ -100,6 +104,9 @@ def evaluate(
         data: Another data set than the run's.
         data_dir: Folder of the data; by default the one that the run was given.
         cpu: Whether to evaluate on the CPU even where there is an accelerator.
+        mixed_precision: `no`, `bf16` or `fp16`; by default that of the run, but float32 on a CPU
+            for a run on another device, because few CPUs compute quickly in half precision.
+        progress: Whether to show a bar on stderr, if that is a terminal.
 
     Returns:
         The accuracy on the test images (or the validation images, if the run held them out).
@@ -127,16 +134,22 @@ def evaluate(
             f"{data} has images of {images.images.shape[1]} channels, but the network of {run} "
             f"takes {spec.in_channels}"
         )
-    accelerator = make_accelerator(
-        cpu=cpu or chosen["cpu"], mixed_precision=config["hardware"]["mixed_precision"]
-    )
+    cpu = cpu or chosen["cpu"]
+    trained_on = config["hardware"]
+    if mixed_precision is None:
+        slow = trained_on["device"] != "cpu" and (cpu or not torch.accelerator.is_available())
+        mixed_precision = "no" if slow else trained_on["mixed_precision"]
+    accelerator = make_accelerator(cpu=cpu, mixed_precision=mixed_precision)
     model = spec.build()
     model.load_state_dict(state)
     # In the layout of training: another one has other kernels, which round in other ways.
     model = accelerator.prepare_model(to_device(model, accelerator.device), evaluation_mode=True)
     # And by the same kernels; see TrainStep.
-    captured = chosen["graph"] and config["hardware"]["processes"] == 1
+    captured = chosen["graph"] and trained_on["processes"] == 1
     set_fused(model, captured and why_not_capture(model) is None)
     loader = make_loader(images, EVALUATION_BATCH, accelerator, kind=chosen["loader"])
-    averages = Evaluator(model, accelerator)(loader)
+    console = Console(stderr=True)
+    quiet = not (progress and console.is_terminal and accelerator.is_main_process)
+    shown: Any = track(loader, "evaluating", console=console, transient=True, disable=quiet)
+    averages = Evaluator(model, accelerator)(shown)
     return Evaluation(data, split, averages.accuracy, averages.loss, averages.images)

@@ -190,8 +190,8 @@ class RunFolder:
         """
         if not self.weights.exists():
             raise FileNotFoundError(
-                f"{self.path} holds no finished run (no {self.weights.name} in it): go on with "
-                "it by --resume, or train again with --fresh"
+                f"{self.path} holds no weights (no {self.weights.name} in it). If the run has not "
+                "finished, go on with it by train --resume"
             )
         try:
             with safe_open(self.weights, framework="pt") as file:
