@@ -154,22 +154,28 @@ def train(cell: Cell, arguments: argparse.Namespace) -> bool:
 def run(command: list[str], log: Path) -> int:
     """Runs a command and returns its status; what ends this script ends the command first."""
     told: list[int] = []
-    with log.open("w", encoding="utf-8") as output:
-        # A session of its own, so that a terminal's Ctrl-C does not come to it a second time.
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    children: list[subprocess.Popen[bytes]] = []
 
-        def stop(number: int, _: object) -> None:
-            told.append(number)
-            child.send_signal(signal.SIGTERM)
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        for child in children:
+            child.terminate()
 
-        before = {number: signal.signal(number, stop) for number in _SIGNALS}
-        try:
-            status = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        with log.open("w", encoding="utf-8") as output:
+            # A session of its own, so that a terminal's Ctrl-C does not come to it a second time.
+            children.append(
+                subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            )
+        if told:  # before there was a child
+            children[0].terminate()
+        status = children[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if told:
         log.unlink()
         print("stopped; the same command goes on with it", flush=True)
