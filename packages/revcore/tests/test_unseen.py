@@ -112,6 +112,7 @@ def test_a_subclass_with_other_arithmetic(device, x):
 @traceable
 @pytest.mark.parametrize("kind", ["coupling", "adapter"])
 def test_parameters_of_a_coupling_are_refused_compiled(x, kind):
+    torch.compiler.reset()
     chain = revcore.ReversibleSequential(with_own_parameters()[kind]).double().to(x.device)
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="would get no gradient"):
@@ -192,6 +193,7 @@ def test_a_foreign_tensor_of_a_frozen_branch(device, x):
 
 @traceable
 def test_a_foreign_tensor_compiled(x):
+    torch.compiler.reset()
     gate = torch.rand(4, dtype=torch.float64, device=x.device, requires_grad=True)
     chain = make_chain(nn.Linear(4, 4)).to(x.device)
     chain[1].coupling.g = Gated(gate).double().to(x.device)
@@ -262,6 +264,7 @@ class Scaled(nn.Module):
 
 @traceable
 def test_arguments_that_are_no_tensors_compiled(x):
+    torch.compiler.reset()
     chain = make_chain(Noisy()).to(x.device)
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
     x.requires_grad_()
