@@ -75,10 +75,15 @@ def test_cells_go_on_where_they_stopped(run_here, tmp_path):
     recipe.write_text("batch_size = 700\nsteps = 2\nlr = 0.1\nschedule = 'one-cycle'\n")
     words = ("--recipe", recipe, "--results", tmp_path / "results", "--runs", tmp_path / "runs")
     words += ("--data", "digits", "nowhere", "--nets", "resnet32")
+    # Among the records it would count as one of the net itself.
+    assert run_here("cells.py", *words, "--", *SMALL)[0] == 2
+    words += ("--label", "small")
     status, out = run_here("cells.py", *words, "--", *SMALL)
     assert status == 1
     assert out.count("--fresh") == 2
-    done, failed = (tmp_path / "results" / f"{name}-resnet32-short-seed0" for name in words[7:9])
+    done, failed = (
+        tmp_path / "results" / f"{name}-resnet32-short-seed0-small" for name in words[7:9]
+    )
     summary = json.loads((done / "summary.json").read_text())
     assert summary["wall_seconds"] > summary["seconds"] > 0
     kept = {"config.json", "metrics.jsonl", "summary.json"}
