@@ -111,6 +111,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs") / "cells")
     arguments = parser.parse_args(own)
     arguments.more = more
+    if arguments.results.resolve() == arguments.runs.resolve():
+        parser.error(f"--results and --runs (={arguments.runs}) must be two folders")
     if more and not arguments.label and set(more) != {"--download"}:
         parser.error(f"what is trained with {shlex.join(more)} needs a --label, a word of it")
     return arguments

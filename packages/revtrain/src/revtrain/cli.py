@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from revtrain.config import TrainConfig
+from revtrain.config import Precision, TrainConfig
 from revtrain.ending import end_with
 from revtrain.recipe_flags import RecipeFlags, given
 
@@ -65,7 +65,7 @@ def evaluate_command(
     data: str | None = None,
     data_dir: Path | None = None,
     cpu: bool = False,
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
+    mixed_precision: Precision | None = None,
 ) -> None:
     """Evaluate a finished run again: the same weights give the same accuracy.
 

@@ -7,14 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from revdata import DataError
 from revtrain.batch_size import find_batch_size
 from revtrain.checkpoints import CheckpointError
-from revtrain.config import TrainConfig
+from revtrain.config import Precision, TrainConfig
 from revtrain.drift import DriftError
 from revtrain.ending import end_with
 from revtrain.evaluation import evaluate as evaluate_run
@@ -78,7 +77,7 @@ def evaluate(
     data: str | None,
     data_dir: Path | None,
     cpu: bool,
-    mixed_precision: Literal["no", "bf16", "fp16"] | None,
+    mixed_precision: Precision | None,
 ) -> None:
     """Evaluates a run and prints its accuracy."""
     with _ending_together():

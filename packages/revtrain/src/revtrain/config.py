@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
 from revtrain.recipe import Recipe, load_recipe, refuse_unknown_key
+
+Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class TrainConfig:
     loader: Literal["device", "torch"] = "device"
     """Who makes the batches: device keeps all images on the training device and is the faster;
     torch uses torch.utils.data.DataLoader and torchvision's transforms."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: Precision | None = None
     """Precision inside of the network; weights and streams stay float32. Default: what `accelerate
     config` or `accelerate launch` says, else no. On NVIDIA GPUs convolutions in float32 use TF32,
     as is PyTorch's default."""
@@ -129,7 +131,7 @@ class TrainConfig:
             raise ValueError(f"seed (={self.seed}) must be at least 0 and below 2**32")
         for name, value, choices in (
             ("loader", self.loader, ("device", "torch")),
-            ("mixed_precision", self.mixed_precision, (None, "no", "bf16", "fp16")),
+            ("mixed_precision", self.mixed_precision, (None, *get_args(Precision))),
         ):
             if value not in choices:
                 listed = ", ".join(str(choice) for choice in choices if choice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import nn
 import revdata
 from revmodels import set_fused
 from revtrain.capture import CapturedCall, why_not_capture
+from revtrain.config import Precision
 from revtrain.data import EVALUATION_BATCH, load_images, make_loader, refuse_more_classes
 from revtrain.launch import make_accelerator
 from revtrain.meter import Averages, Meter
@@ -94,7 +95,7 @@ def evaluate(
     data: str | None = None,
     data_dir: Path | None = None,
     cpu: bool = False,
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
+    mixed_precision: Precision | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluates the weights of a finished run, as training did at its end.
