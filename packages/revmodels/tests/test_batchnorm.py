@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch, relative_error
 from torch import nn
 
 import revcore
@@ -36,11 +37,6 @@ def _fresh(device):
     passes._lay_out.cache_clear()
 
 
-def batch(*shape, device, dtype=torch.float32):
-    x = torch.randn(shape, device=device) * 2 + 1
-    return x.to(dtype, memory_format=torch.channels_last).requires_grad_()
-
-
 def make_norm(channels, device):
     norm = nn.BatchNorm2d(channels).to(device)
     nn.init.normal_(norm.weight)
@@ -55,11 +51,6 @@ def plain(norm, x, *, relu=True):
 
 def is_fused(y):
     return type(y.grad_fn).__name__ == "_NormalizeBackward"
-
-
-def relative_error(found, expected):
-    found, expected = found.double(), expected.double()
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def compare(norm, x, tolerance, *, relu=True):
