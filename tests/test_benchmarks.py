@@ -1,8 +1,10 @@
 """The benchmarks run, in small, and their records say what they should."""
 
+import ast
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -186,3 +188,26 @@ def test_the_largest_batch_is_found(monkeypatch, gaps):
             assert found <= most < found + max(2, found / 7)
     with pytest.raises(MemoryError, match="not even a batch of 1 fits"):
         largest(lambda *_: None, 1)
+
+
+def test_only_faster_tiles_are_written(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    conv_passes = pytest.importorskip("revmodels.conv_passes", exc_type=ImportError)
+    file = tmp_path / "conv_passes.py"
+    shutil.copyfile(conv_passes.__file__, file)
+    monkeypatch.setattr(conv_passes, "__file__", str(file))
+    tiles = runpy.run_path(str(BENCHMARKS / "tiles.py"))
+    rows = [
+        {"table": table, "channels": channels, "now": [2.0, ("now",)], "best": [[time, ("new",)]]}
+        for table in tiles["TABLES"]
+        for channels in tiles["SIDES"]
+        for time in (1.0, 1.99)  # in float32 and in half precision
+    ]
+    tiles["write"](rows)
+    assignments = [
+        node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Assign)
+    ]
+    written = {ast.unparse(node.targets[0]): node.value for node in assignments}
+    for table in tiles["TABLES"]:
+        found = ast.literal_eval(written[table])
+        assert found == dict.fromkeys(tiles["SIDES"], (("new",), ("now",)))
