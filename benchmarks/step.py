@@ -209,6 +209,8 @@ def memory(net: nn.Module, x: Tensor, labels: Tensor, way: Way) -> tuple[int | N
     with way.compiling():
         loss().backward()  # makes the gradients, which are no activations
     gc.collect()  # or what is left of another way is freed amid the count
+    if x.device.type == "cuda":
+        torch.cuda.empty_cache()  # or the allocator counts the rest of a larger piece that it gives
     try:
         if x.device.type != "cuda":
             if way.package == "memcnn":

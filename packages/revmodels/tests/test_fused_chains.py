@@ -11,8 +11,9 @@ from torch import nn
 import revcore
 import revmodels
 from revmodels.branches import Branch, make_branch
+from revmodels.fused import load
 
-pytest.importorskip("triton", reason="there is no Triton")
+passes = pytest.importorskip("revmodels.passes", reason="there is no Triton", exc_type=ImportError)
 pytest.importorskip("numpy", reason="Triton's interpreter needs it")
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -67,6 +68,29 @@ def test_a_chain_reversed_stored_and_without_kernels(device, products, dtype, ki
         assert relative_error(two, three) < rounding
     for one, two in zip(reversed_chain.buffers(), stored.buffers(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.fixture
+def looked_at(device, monkeypatch):
+    """Batches that were read for their statistics."""
+    load("passes", device.type)  # which compares the kernels with torch
+    found, sum_up = [], passes._sum_up
+    monkeypatch.setattr(passes, "_sum_up", lambda x: found.append(x) or sum_up(x))
+    return found
+
+
+@pytest.mark.parametrize("kind", list(CONVOLUTIONS))
+@pytest.mark.parametrize("reversing", [True, False])
+def test_a_chain_reads_one_stream_alone_for_statistics(device, looked_at, kind, reversing):
+    chain = revcore.set_reversing(make_chain(device, kind), reversing)
+    x = batch(3, 64, 4, 4, device=device)
+    for _ in range(2):
+        chain(x).square().sum().backward()
+    assert len(looked_at) == 2
+    twin = revmodels.set_fused(copy.deepcopy(chain), False)
+    torch.testing.assert_close(chain(x), twin(x))
+    for ours, theirs in zip(chain.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", list(CONVOLUTIONS))

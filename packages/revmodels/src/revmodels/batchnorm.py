@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from revcore import remember
 from revmodels.fused import load, may_fuse
-from revmodels.moments import Moments
+from revmodels.moments import take
 
 
 def batch_norm_relu(norm: nn.Module, x: Tensor, *, relu: bool = True, cast: bool = True) -> Tensor:
@@ -52,7 +52,7 @@ def batch_norm_relu(norm: nn.Module, x: Tensor, *, relu: bool = True, cast: bool
     return y
 
 
-def statistics(norm: Any, x: Tensor, moments: Moments | None = None) -> tuple[Tensor, Tensor]:
+def statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns mean and one over the standard deviation of each channel, by which `norm` normalizes.
 
     In training they are those of the batch, and the running ones are updated.
@@ -60,8 +60,8 @@ def statistics(norm: Any, x: Tensor, moments: Moments | None = None) -> tuple[Te
     Args:
         norm: An `nn.BatchNorm2d` for which `may_fuse` is true.
         x: The batch.
-        moments: What is known of it.
     """
+    moments = take(x)
     if not norm.training:
         return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
     passes: Any = load("passes", x.device.type)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from revcore import get_destination, no_randomness
 from revmodels.batchnorm import batch_norm_relu
-from revmodels.moments import Moments
 from revmodels.normalized_conv import norm_relu_conv
 
 BlockKind = Literal["basic", "bottleneck"]
@@ -72,14 +71,12 @@ class Branch(nn.Module):
         """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
         # A subclass may do something to the results.
         destination = get_destination(self) if type(self) is Branch else None
-        last, found = len(self.convs) - 1, None
+        last = len(self.convs) - 1
         for position, (norm, convolution) in enumerate(zip(self.norms, self.convs, strict=True)):
-            known, found = found, Moments() if position < last else None
             if self.activate or position:
                 x = norm_relu_conv(
                     *(norm, convolution, x),
-                    moments=known,
-                    moments_to=found,
+                    normalized_next=position < last,
                     result_to=destination if position == last else None,
                     gradient_to=destination if position == 0 else None,
                 )

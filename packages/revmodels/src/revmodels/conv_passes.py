@@ -17,25 +17,37 @@ from revmodels.launch import launch
 from revmodels.moments import Moments
 from revmodels.passes import Normalization, input_gradient, merge_sums
 
-# Rows of a tile: few enough for small images to occupy a GPU.
+# Rows of a tile of the gradients of 1x1: few enough for small images to occupy a GPU.
 ROWS = 64
-# Tiles of 3x3 by columns, in float32 and in half precision: rows, warps, how many tiles the
-# compiler has on their way at once, and programs of the first stage of a sum. By measurement; see
-# benchmarks/LOG.md.
-CONVOLVE = {
+# Tiles by channels, or by outputs where 1x1 makes them fewer, in float32 and in half precision:
+# rows, warps, how many tiles the compiler has on their way at once, and programs of the first stage
+# of a sum. By measurement, benchmarks/tiles.py; see benchmarks/LOG.md. The forward pass of 1x1 has
+# two tables: for fewer outputs than channels, and for the others.
+NARROW = {
     16: ((64, 4, 3), (64, 4, 3)),
-    32: ((32, 4, 3), (64, 8, 3)),
-    64: ((32, 4, 3), (64, 8, 3)),
+    32: ((64, 4, 3), (64, 4, 3)),
+    64: ((64, 4, 3), (64, 4, 3)),
+}
+WIDEN = {
+    16: ((64, 4, 3), (64, 4, 3)),
+    32: ((64, 4, 3), (64, 4, 3)),
+    64: ((64, 4, 3), (64, 4, 3)),
+}
+# Those of 3x3: the forward pass, and the two gradients.
+CONVOLVE = {
+    16: ((128, 4, 1), (128, 4, 1)),
+    32: ((128, 4, 3), (128, 8, 1)),
+    64: ((64, 4, 3), (64, 8, 3)),
 }
 ACTIVATION = {
-    16: ((64, 4, 3, 528), (64, 4, 3, 528)),
-    32: ((64, 8, 3, 528), (64, 4, 3, 528)),
-    64: ((32, 8, 3, 528), (64, 8, 3, 528)),
+    16: ((128, 8, 3, 264), (128, 2, 3, 528)),
+    32: ((32, 2, 3, 528), (128, 4, 3, 264)),
+    64: ((32, 4, 3, 264), (64, 8, 3, 528)),
 }
 MATRIX = {
-    16: ((32, 4, 3, 528), (64, 4, 3, 528)),
-    32: ((32, 4, 3, 528), (64, 4, 3, 528)),
-    64: ((32, 4, 3, 528), (64, 4, 3, 528)),
+    16: ((32, 1, 3, 1056), (128, 2, 2, 1056)),
+    32: ((32, 1, 1, 1056), (64, 4, 3, 528)),
+    64: ((32, 4, 1, 1056), (64, 4, 3, 528)),
 }
 # Columns of a tile, at least and at most; tensor cores take no fewer.
 LEAST, MOST = 16, 64
@@ -160,10 +172,14 @@ def convolve(
     columns, bits = _columns(outputs), 0 if grid is None else grid
     # The kernel is the same whether somebody asks for the peak or not, and so are the bits.
     peak = torch.empty((), dtype=torch.float32, device=x.device) if peak is None else peak
-    kernel_size, image, (high, warps, stages) = matrix.shape[-1], (1, 1), (ROWS, 4, 3)
+    kernel_size, image = matrix.shape[-1], (1, 1)
     if kernel_size > 1:
-        image = height, width
-        high, warps, stages = CONVOLVE[_columns(channels)][dtype != torch.float32]
+        image, tiles = (height, width), CONVOLVE[_columns(channels)]
+    elif outputs < channels:
+        tiles = NARROW[_columns(outputs)]
+    else:
+        tiles = WIDEN[_columns(channels)]
+    high, warps, stages = tiles[dtype != torch.float32]
     parts, partial = triton.cdiv(rows, high), out
     if moments is not None:
         partial = torch.empty((2, parts, outputs), dtype=torch.float32, device=x.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from revcore import Destination
 from revmodels.batchnorm import batch_norm_relu, plain_gradients, statistics
 from revmodels.fused import is_plain, load, may_fuse
-from revmodels.moments import Moments
+from revmodels.moments import Moments, tell
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,8 +29,7 @@ def norm_relu_conv(
     conv: nn.Module,
     x: Tensor,
     *,
-    moments: Moments | None = None,
-    moments_to: Moments | None = None,
+    normalized_next: bool = False,
     result_to: Destination | None = None,
     gradient_to: Destination | None = None,
 ) -> Tensor:
@@ -40,8 +39,7 @@ def norm_relu_conv(
         norm: An `nn.BatchNorm2d`, or what stands for it, which is called as it is.
         conv: An `nn.Conv2d`, likewise.
         x: Shape `(N, C, H, W)`.
-        moments: What is known of `x`, for its statistics.
-        moments_to: What will be known of the result, for the statistics of one that follows.
+        normalized_next: Whether the result goes to a normalization.
         result_to: Of a branch that ends here; see `revcore.get_destination`.
         gradient_to: Of a branch whose input is `x` and nothing else.
 
@@ -61,12 +59,17 @@ def norm_relu_conv(
     base = None
     if result_to is not None and _fits(result_to, conv, x, dtype, kernels):
         base, result_to.added = result_to.stream, True
+        # A new stream is what another branch will normalize; one that is reconstructed has
+        # statistics.
+        normalized_next = not result_to.reconstructs
+    moments = Moments() if normalized_next and norm.training else None
     constants = (kernels, norm.eps, dtype, result_to, gradient_to)
-    tell = moments_to if norm.training else None
     y: Tensor = _NormalizedConv.apply(
-        *(x, *statistics(norm, x, moments), norm.weight, norm.bias, conv.weight),
-        *(base, tell, constants),
+        *(x, *statistics(norm, x), norm.weight, norm.bias, conv.weight),
+        *(base, moments, constants),
     )
+    if moments is not None:
+        tell(y, moments)
     return y
 
 

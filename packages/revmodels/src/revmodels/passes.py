@@ -24,8 +24,8 @@ WARPS = 8
 PROGRAMS = 256
 # A tile of the second stage, and the warps that share it.
 PARTS = 256
-CHANNELS = 16
-MERGE_WARPS = 8
+CHANNELS = 8
+MERGE_WARPS = 16
 
 
 class Normalization(NamedTuple):
