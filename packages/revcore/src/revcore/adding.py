@@ -43,8 +43,9 @@ class AddingStep(HalfStep):
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
         with self._destination(streams, back=False) as destination:
             t = run(streams[self.source])
+        self.looked = destination.added and destination.looked
         if destination.added:
-            streams[self.target], self.peak = t, destination.found
+            streams[self.target] = t
         else:
             streams[self.target] = self._change(streams[self.target], t)
 
@@ -66,7 +67,10 @@ class AddingStep(HalfStep):
     def _destination(self, streams: Sequence[Tensor], *, back: bool) -> Destination:
         sign = 1 if self.inverted is back else -1
         stream = streams[self.target]
-        return Destination(self.branch, stream, sign, grid=self.grid, reconstructs=back)
+        place = None if back else self.place
+        return Destination(
+            self.branch, stream, sign, grid=self.grid, reconstructs=back, place=place
+        )
 
     def _move_back(self, streams: list[Tensor], t: Tensor, destination: Destination) -> None:
         a = streams[self.target]

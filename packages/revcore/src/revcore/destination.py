@@ -8,6 +8,7 @@ where the result is still at hand, which saves writing and reading it once each 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -31,8 +32,8 @@ class Destination:
     """
 
     __slots__ = (
-        *("_branch", "_outer", "_peak", "added", "gradient", "gradient_added", "grid"),
-        *("reconstructs", "sign", "stream"),
+        *("_branch", "_outer", "_place", "added", "gradient", "gradient_added", "grid"),
+        *("looked", "reconstructs", "sign", "stream"),
     )
 
     def __init__(
@@ -43,11 +44,12 @@ class Destination:
         *,
         grid: int | None = None,
         reconstructs: bool = False,
+        place: Callable[[], Tensor] | None = None,
     ) -> None:
         self._branch = branch
         self.stream, self.sign, self.added = stream, sign, False
         self.grid, self.reconstructs = grid, reconstructs
-        self._peak: Tensor | None = None
+        self._place, self.looked = place, False
         self.gradient: Tensor | None = None
         self.gradient_added = False
 
@@ -63,18 +65,14 @@ class Destination:
     def peak(self) -> Tensor | None:
         """Where the branch says on a grid that a value is too large; None if nobody asks.
 
-        A tensor of one zero, of the stream's dtype. Infinity in it says that a value of the new
-        stream is NaN or not below `2**(24 - grid)` in size, in float32, or `2**(53 - grid)` in
-        float64.
+        A tensor of one number, of the stream's dtype, that branches of a call share. Infinity in it
+        says that a value of a new stream is NaN or not below `2**(24 - grid)` in size, in float32,
+        or `2**(53 - grid)` in float64; a branch writes nothing else. Who asks for it has to look.
         """
-        if self._peak is None and self.grid is not None and not self.reconstructs:
-            self._peak = self.stream.new_zeros(())
-        return self._peak
-
-    @property
-    def found(self) -> Tensor | None:
-        """What the branch said there; None if it did not look."""
-        return self._peak
+        if self._place is None:
+            return None
+        self.looked = True
+        return self._place()
 
     def meant_for(self, branch: nn.Module) -> bool:
         """Tells whether this is the branch, and nobody else wants to see its results."""

@@ -93,9 +93,7 @@ class _StepsNode(torch.autograd.Function):
             for step, replay in records:
                 if tape.drift is not None:
                     tape.truth.append(tuple(x.detach() for x in streams[:count]))
-                step.apply(replay.first_run, streams)
-                if step.grid is not None:
-                    call.watch.follow(step, streams)
+                call.watch.apply(step, replay.first_run, streams)
         finally:
             _thread.call = call
         return (*[streams[index] for index in changed], *streams[count:])
@@ -232,9 +230,7 @@ def _run_each(
 ) -> None:
     """Runs steps without a node."""
     for step in steps:
-        step.apply(partial(run, step, kwargs), streams)
-        if step.grid is not None:
-            call.watch.follow(step, streams)
+        call.watch.apply(step, partial(run, step, kwargs), streams)
 
 
 def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ class FixedPointCoupling(Coupling):
     chain begins, its input is rounded to the grid, whether activations are reversed or stored.
     Rounding passes gradients unchanged: they are those of the additive coupling.
 
-    The range is limited: values must stay below $2^{24-k}$ in float32, $2^{53-k}$ in float64. To
-    see that they do, the host waits for the device once a call.
+    The range is limited: what is computed must stay below $2^{24-k}$ in float32, $2^{53-k}$ in
+    float64. To see that it does, the host waits for the device once a call.
 
     A branch must compute the same bits each time that it runs on the same input. Compiled branches
     may not, with gradients and without; a chain therefore runs them with gradients both times.

@@ -7,7 +7,8 @@ for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ class GridWatch:
         self.entered = False
         self._dtype = torch.float32
         self._peaks: list[Tensor] = []
+        self._place: Tensor | None = None
 
     def enter(self, steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
         """Rounds the streams where a call begins; later, sees that no step leaves the grid.
@@ -139,24 +141,29 @@ class GridWatch:
                     "x.float() before the chain. Its branches may run in any precision."
                 )
         self._dtype = streams[0].dtype
-        rounded = [to_grid(stream, bits) for stream in streams]
-        self.note(rounded)
-        return rounded
+        # What comes in may be of any size: a sum that fits gives it back.
+        return [to_grid(stream, bits) for stream in streams]
 
-    def follow(self, step: Step, streams: Sequence[Tensor]) -> None:
-        """Notes how large the values are that a step with a grid has written."""
-        if step.peak is None:
-            self.note([streams[index] for index in step.writes])
-        else:
-            self._peaks.append(step.peak)
+    def apply(self, step: Step, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
+        """Applies a step; if it has a grid, notes how large the values are that it writes."""
+        if step.grid is None:
+            step.apply(run, streams)
+            return
+        step.place = partial(self._get_place, streams[step.writes[0]])
+        step.apply(run, streams)
+        step.place = None
+        if not step.looked:
+            self._peaks += [
+                torch.linalg.vector_norm(streams[index].detach(), torch.inf)
+                for index in step.writes
+                if streams[index].numel()
+            ]
 
-    def note(self, streams: Sequence[Tensor]) -> None:
-        """Notes how large the values of some streams are."""
-        self._peaks += [
-            torch.linalg.vector_norm(stream.detach(), torch.inf)
-            for stream in streams
-            if stream.numel()
-        ]
+    def _get_place(self, like: Tensor) -> Tensor:
+        if self._place is None:
+            self._place = like.new_zeros(())
+            self._peaks.append(self._place)
+        return self._place
 
     def close(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Ends the call.

@@ -41,8 +41,9 @@ class Step(ABC):
         writes: Indices of the streams that the update changes.
         grid: Number of fractional bits that all values of all streams have, before the step and
             after it; None for any values.
-        peak: What a step with a grid found when it wrote: a tensor of one number, infinite if a
-            value was too large; None if nobody has looked.
+        place: What gives a tensor of one number, which a step with a grid may make infinite if it
+            writes a value that is too large. Whoever applies the step sets it.
+        looked: Whether the step has looked for such values.
     """
 
     branch: nn.Module
@@ -50,7 +51,8 @@ class Step(ABC):
     inputs: tuple[int, ...]
     writes: tuple[int, ...]
     grid: int | None = None
-    peak: Tensor | None = None
+    place: Callable[[], Tensor] | None = None
+    looked = False
 
     @abstractmethod
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:

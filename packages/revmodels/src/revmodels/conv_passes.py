@@ -24,14 +24,14 @@ ROWS = 64
 # of a sum. By measurement, benchmarks/tiles.py; see benchmarks/LOG.md. The forward pass of 1x1 has
 # two tables: for fewer outputs than channels, and for the others.
 NARROW = {
-    16: ((64, 4, 3), (64, 4, 3)),
-    32: ((64, 4, 3), (64, 4, 3)),
-    64: ((64, 4, 3), (64, 4, 3)),
+    16: ((128, 2, 3), (128, 4, 3)),
+    32: ((128, 4, 3), (128, 2, 3)),
+    64: ((64, 4, 3), (32, 2, 3)),
 }
 WIDEN = {
-    16: ((64, 4, 3), (64, 4, 3)),
-    32: ((64, 4, 3), (64, 4, 3)),
-    64: ((64, 4, 3), (64, 4, 3)),
+    16: ((128, 4, 2), (64, 2, 3)),
+    32: ((128, 2, 2), (128, 2, 2)),
+    64: ((128, 4, 2), (128, 4, 2)),
 }
 # Those of 3x3: the forward pass, and the two gradients.
 CONVOLVE = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from revcore import no_randomness
+from revcore import Destination, no_randomness
 from revmodels.batchnorm import batch_norm_relu
 from revmodels.branches import BlockKind, ConvNorm, batch_norm, conv, expansion, make_branch
 
@@ -42,8 +43,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
-        out: Tensor = self.shortcut(x) + self.branch(x)
-        return out
+        shortcut: Tensor = self.shortcut(x)
+        if torch.compiler.is_compiling():
+            y: Tensor = self.branch(x)
+            return shortcut + y
+        with Destination(self.branch, shortcut, 1) as destination:
+            y = self.branch(x)
+        return y if destination.added else shortcut + y
 
 
 def changes_shape(in_channels: int, out_channels: int, stride: int) -> bool:
