@@ -165,7 +165,7 @@ class Way:
                     stage.chain = self.chain([(block.f, block.g) for block in stage.chain])
         if self.compiled:
             # The method, because Accelerate wraps autocast around it.
-            net.forward = torch.compile(net.forward)  # type: ignore[method-assign]
+            net.forward = torch.compile(_of_its_own(net.forward))  # type: ignore[method-assign]
         return net
 
     def compiling(self) -> AbstractContextManager[Any]:
@@ -175,6 +175,20 @@ class Way:
         from torch._functorch import config  # noqa: PLC0415 - private, so only where needed
 
         return config.patch(activation_memory_budget=self.budget)
+
+
+def _of_its_own(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Wraps a forward pass in code that no other one has.
+
+    What is compiled belongs to a piece of code, so that two nets of one structure share it, also if
+    the second one has another budget.
+    """
+
+    def own(x: Tensor) -> Tensor:
+        return forward(x)
+
+    own.__code__ = own.__code__.replace()
+    return own
 
 
 WAYS = {

@@ -59,11 +59,18 @@ def _neighbor(
 @triton.jit
 def _to_integer(value):
     """Rounds to the nearest integer, a tie to the even one; the interpreter has no `rint`."""
-    # Where all float32 are integers, adding 2^23 rounds; larger numbers are integers themselves.
-    size = tl.abs(value)
-    rounded = (size + 8388608.0) - 8388608.0
-    rounded = tl.where(value < 0, -rounded, rounded)
-    return tl.where(size < 8388608.0, rounded, value)
+    # From 2^23 on all float32 are integers: adding it, with the sign of the value, rounds.
+    bits = value.to(tl.int32, bitcast=True)
+    large = ((bits & -0x80000000) | 0x4B000000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(value) < 8388608.0, (value + large) - large, value)
+
+
+@triton.jit
+def _largest(value):
+    """The largest size in a tile, or NaN."""
+    # As integers, sizes have the same order, and NaN is larger than infinity.
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, None).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -135,6 +142,8 @@ def convolve(
                 other=0.0,
             )
             normal = _normalize(value, center, scale, shift)
+            if GRID:  # beyond the last row there must be nothing that is large
+                normal = tl.where(within[:, None], normal, 0.0)
             factor_place = output[None, :] * channels + channel[:, None]
             factor = tl.load(
                 matrix + factor_place, mask=wanted[None, :] & inside[:, None], other=0.0
@@ -161,12 +170,11 @@ def convolve(
         place = row[:, None] * apart + output[None, :]
         old = tl.load(base + begin * apart + place, mask=valid, other=0.0)
         if GRID:
-            total = _to_integer(total * finer) * coarser
-        total = old.to(tl.float32) + sign * total
-        if GRID:
-            fits = (tl.abs(total) < limit) | (valid == 0)
-            if tl.min(tl.min(fits.to(tl.int32), 1), 0) == 0:
+            total = old.to(tl.float32) + _to_integer(total * finer) * (sign * coarser)
+            if (_largest(total) < limit) == 0:  # NaN is not below
                 tl.store(peak, float("inf"))
+        else:
+            total = old.to(tl.float32) + sign * total
     place = row[:, None] * outputs + output[None, :]
     written = total.to(out.dtype.element_ty)
     tl.store(out + begin * outputs + place, written, mask=valid)
