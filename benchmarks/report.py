@@ -58,6 +58,7 @@ def fill(text: str) -> str:
         "numerics": depth.numerics_caption,
         "pitch": depth.pitch,
         "published": runs.published,
+        "ratios": speed.ratios,
         "single": runs.single,
         "study": runs.study,
         "twelve": runs.twelve,

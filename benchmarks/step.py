@@ -181,6 +181,9 @@ def measure(
             row.setup_seconds = time.perf_counter() - started
             running.append((row, step))
         print(f"{name}, {accelerator.mixed_precision}: ready", flush=True)
+    # While one way is timed, the collector must not look through the nets of all others.
+    gc.collect()
+    gc.freeze()
     rounds = 0
     while running and (rounds < _LEAST_ROUNDS or time.perf_counter() < deadline):
         for row, step in list(running):
@@ -190,6 +193,7 @@ def measure(
                 row.error = explain(error)
                 running.remove((row, step))
         rounds += 1
+    gc.unfreeze()
     accelerator.free_memory()
     return rows, modes
 

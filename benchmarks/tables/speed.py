@@ -48,6 +48,41 @@ def steps() -> str:
     return "\n\n".join(parts) or "No record yet."
 
 
+def ratios() -> str:
+    """Returns how the steps of RevNet-164 compare, in one configuration for each precision."""
+    record = read("step-revnet164-100-h200.json")
+    rows = {(row["way"], row["precision"], row["launch"]): row for row in record["rows"]}
+
+    def ratio(one: str, other: str, precision: str, launches: str, of: str = "step_ms") -> str:
+        first, second = launches.split("/")
+        found = rows[one, precision, first][of] / rows[other, precision, second][of]
+        return f"{found:.2f}"
+
+    def compare(name: str, one: str, other: str, launches: str, of: str = "step_ms") -> list[str]:
+        found = [name]
+        for precision, ours in {"no": "revcore, recomputed", "bf16": "revcore"}.items():
+            pair = [way.replace("ours", ours) for way in (one, other)]
+            found.append(ratio(*pair, precision, launches, of))
+        return found
+
+    kept = "kept_bytes"
+    lines = [
+        compare("reversed / stored, as a graph", "ours", "stored", "graph/graph"),
+        compare("... without overlap", "ours, no overlap", "stored", "graph/graph"),
+        compare("... launched from Python", "ours", "stored", "eager/eager"),
+        compare("fixed point / additive", "revcore, fixed point", "revcore", "graph/graph"),
+        compare("MemCNN as a graph / ours", "MemCNN", "ours", "graph/graph"),
+        compare("MemCNN as published, eager / ours as a graph", "MemCNN", "ours", "eager/graph"),
+        compare("kept / MemCNN's", "ours", "MemCNN", "graph/graph", kept),
+        compare("peak / MemCNN's", "ours", "MemCNN", "graph/graph", "peak_bytes"),
+    ]
+    return (
+        f"{title(record)}, batch of {record['batch'][0]}, on {machine(record)}; *ours* is "
+        "*revcore, recomputed* in float32 and *revcore* in bf16, and all blocks are reversed:\n\n"
+        + table("time or memory, float32, bf16", lines)
+    )
+
+
 def batches() -> str:
     """Returns memory and speed over the batch, and the largest batches in capped memory."""
     parts = []
