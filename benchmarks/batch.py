@@ -44,6 +44,8 @@ USUAL = (
     "revcore, recomputed",
     "MemCNN",
     "RevTorch",
+    "RevLib",
+    "checkpoint by block",
     "checkpoint in sqrt segments",
 )
 

@@ -51,6 +51,7 @@ class Question:
         may_raise: Whether a clear error is an answer that ours may give.
         refused: Whether plain autograd raises, and everybody may; the case compares by itself.
         alone: Whether the case compares by itself, and raises `WrongError`.
+        gpus: How many it may use, where there are GPUs.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Question:
     may_raise: bool = False
     refused: bool = False
     alone: bool = False
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,12 @@ QUESTIONS: dict[str, Question] = {}
 
 
 def question(
-    theme: str, *, may_raise: bool = False, refused: bool = False, alone: bool = False
+    theme: str,
+    *,
+    may_raise: bool = False,
+    refused: bool = False,
+    alone: bool = False,
+    gpus: int = 1,
 ) -> Callable[[Case], Case]:
     """Registers a case under a theme; its docstring is the question."""
 
@@ -98,7 +105,7 @@ def question(
         text = (case.__doc__ or "").strip()
         if name in QUESTIONS or not text:
             raise ValueError(f"case {name} needs a name of its own and a docstring")
-        QUESTIONS[name] = Question(name, theme, text, case, may_raise, refused, alone)
+        QUESTIONS[name] = Question(name, theme, text, case, may_raise, refused, alone, gpus)
         return case
 
     return register

@@ -113,8 +113,12 @@ def _serve(connection: Connection, rank: int, store: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    backend = "gloo"  # on one GPU, too, which NCCL refuses
+    if torch.cuda.device_count() >= WORLD:
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=WORLD,

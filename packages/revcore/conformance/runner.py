@@ -38,7 +38,8 @@ class _Running(NamedTuple):
 def run_all(jobs: Sequence[Job], at_once: int, timeout: float) -> Iterator[tuple[Job, Answer]]:
     """Asks all questions, and yields the answers as they come.
 
-    Where there are several GPUs the processes take turns on them, each with one alone.
+    Where there are several GPUs the processes take turns on them, each with as many as its question
+    may use.
 
     Args:
         jobs: The questions.
@@ -47,11 +48,15 @@ def run_all(jobs: Sequence[Job], at_once: int, timeout: float) -> Iterator[tuple
     """
     # What most cases would import by themselves, and what takes longest.
     PROCESSES.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
-    waiting, running, gpus = deque(jobs), list[_Running](), itertools.cycle(_gpus())
+    waiting, running = deque(jobs), list[_Running]()
+    gpus = _gpus()
+    turn = itertools.cycle(range(max(1, len(gpus))))
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(_start(waiting.popleft(), timeout, next(gpus)))
+                job, first = waiting.popleft(), next(turn)
+                own = (gpus[first:] + gpus[:first])[: QUESTIONS[job.case].gpus]
+                running.append(_start(job, timeout, ",".join(own) or None))
             soonest = min(each.deadline for each in running)
             wait([each.connection for each in running], max(soonest - time.monotonic(), 0))
             for each in list(running):
@@ -64,17 +69,17 @@ def run_all(jobs: Sequence[Job], at_once: int, timeout: float) -> Iterator[tuple
             each.process.kill()
 
 
-def _gpus() -> list[str | None]:
-    """Returns what `CUDA_VISIBLE_DEVICES` may be, for one process each."""
+def _gpus() -> list[str]:
+    """Returns what may stand in `CUDA_VISIBLE_DEVICES`."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         visible = ",".join(map(str, range(torch.cuda.device_count())))
-    return [*filter(None, visible.split(","))] or [None]
+    return [*filter(None, visible.split(","))]
 
 
-def _start(job: Job, timeout: float, gpu: str | None) -> _Running:
+def _start(job: Job, timeout: float, gpus: str | None) -> _Running:
     here, there = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=_work, args=(job, there, gpu))
+    process = PROCESSES.Process(target=_work, args=(job, there, gpus))
     process.start()
     there.close()
     return _Running(job, process, here, time.monotonic() + timeout)
@@ -101,9 +106,9 @@ def _answer(running: _Running, timeout: float) -> Answer:
     return answer
 
 
-def _work(job: Job, connection: Connection, gpu: str | None) -> None:
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which it has not yet
+def _work(job: Job, connection: Connection, gpus: str | None) -> None:
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # read when CUDA starts, which it has not yet
     # Its own torch has had no call yet, so that one case cannot change what another sees.
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -144,10 +144,10 @@ def _refuse_where_plain_fails(twin: Subject, part: Tensor) -> None:
         raise CannotAskError(f"FSDP2 fails on plain autograd too: {first_line(error)}") from error
 
 
-@question(THEME, alone=True)
+@question(THEME, alone=True, gpus=WORLD)
 def fsdp2(adapter: Adapter, device: torch.device) -> Observed:
     """FSDP2, `fully_shard` around each block."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.device_count() < WORLD:
         # With gloo a process ends by a signal, with plain autograd and torch 2.11, too.
         raise CannotAskError("FSDP2 on GPUs needs NCCL, which needs a GPU for each process")
     on_two_processes(_fsdp, adapter.name, device, mlp)

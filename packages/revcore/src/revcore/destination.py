@@ -18,6 +18,12 @@ from revcore.hooks import has_global_hooks, has_hooks
 class Destination:
     """Where the results of one run of a branch go; a context around that run.
 
+    A coupling makes one for each run. So may any module that adds a branch's result to something.
+
+    Args:
+        branch: Whose results are meant.
+        place: What gives the tensor that is `peak`.
+
     Attributes:
         stream: The tensor that the branch's result is added to; gone after the run.
         sign: 1, or -1 where it is subtracted.
@@ -29,6 +35,14 @@ class Destination:
         gradient: Set before the run is differentiated: a tensor that the gradient of the branch's
             input is added to. None if there is none.
         gradient_added: The branch sets this if what it returns is that sum.
+        looked: Whether the branch has asked for `peak`.
+
+    Example:
+        >>> import torch
+        >>> branch, x = nn.Linear(2, 2), torch.zeros(3, 2)
+        >>> with Destination(branch, x, 1) as destination:
+        ...     y = branch(x)
+        >>> y = y if destination.added else x + y  # a Linear has not added it
     """
 
     __slots__ = (
