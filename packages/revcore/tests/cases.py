@@ -28,6 +28,21 @@ class Attention(nn.Module):
         return self.out(self.attention(x, x, x, need_weights=False)[0])
 
 
+class Mixing(revcore.Coupling):
+    """Arithmetic that autocast casts: on the CPU the product, on a GPU the exponential, too."""
+
+    def scale_shift(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.exp(t.tanh()), t @ torch.full((4, 4), 0.1, device=t.device)
+
+    def combine(self, a: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self.scale_shift(t)
+        return a * scale + shift
+
+    def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
+        scale, shift = self.scale_shift(t)
+        return (a - shift) / scale
+
+
 traceable = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
     reason="the tracer of torch 2.6 cannot follow a chain; 2.11 is the oldest that was tried",

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import SCHEMES, assert_same, gradients, make_case, traceable
+from cases import SCHEMES, Mixing, assert_same, gradients, make_case, traceable
 from torch import nn
 
 import revcore
@@ -63,21 +63,23 @@ def test_parametrized_branches():
     assert_as_plain(case)
 
 
+def under_autocast(function):
+    def run(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(x).float()
+
+    return run
+
+
 @pytest.mark.parametrize("inside", [True, False])
-def test_autocast(inside):
-    case = make_case("additive", "mlp", dtype=torch.float32)
-    twin = revcore.set_reversing(case.twin(), False)
-
-    def under_autocast(function):
-        def run(x):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return function(x).float()
-
-        return run
-
-    run = compiled(under_autocast(case.chain)) if inside else under_autocast(compiled(case.chain))
-    ours = gradients(run, case.chain, case.x)
-    stored = gradients(under_autocast(twin), twin, case.x)
+@pytest.mark.parametrize("scheme", [revcore.AdditiveCoupling, Mixing])
+def test_autocast(scheme, inside):
+    branches = (nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(6))
+    chain = revcore.ReversibleSequential(*map(scheme, branches, branches))
+    twin, x = revcore.set_reversing(copy.deepcopy(chain), False), torch.randn(6, 8)
+    run = compiled(under_autocast(chain)) if inside else under_autocast(compiled(chain))
+    ours = gradients(run, chain, x)
+    stored = gradients(under_autocast(twin), twin, x)
     for name, expected in stored.items():
         assert (ours[name] - expected).norm() <= 0.02 * expected.norm(), name
 

@@ -196,15 +196,19 @@ class _Function:
             # A clone, because the branch may change it, and the first run has done so already.
             state[name] = self.buffers.get(name, buffer).clone()
         kwargs = {**self.kwargs, **dict(zip(self.names, arguments, strict=True))}
+        with _reparametrize_module(branch, state, tie_weights=True):
+            # What torch.func.functional_call does, which can only call a module, no method of it.
+            y: Tensor = self.under_autocast(self.step.call, x, **kwargs)
+            return y
+
+    def under_autocast(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The CPU's state, and that of the device if it is another one; twice the same does no harm.
         (kind, enabled, dtype), (kind_2, enabled_2, dtype_2) = self.autocast
         with (
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
-            _reparametrize_module(branch, state, tie_weights=True),
         ):
-            # What torch.func.functional_call does, which can only call a module, no method of it.
-            return self.step.call(x, **kwargs)
+            return function(*args, **kwargs)
 
 
 class _Traced(NamedTuple):
@@ -219,6 +223,9 @@ class _Traced(NamedTuple):
     def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
         t, pull, *_ = torch.func.vjp(self.function, x, *self.leaves)
         return t, lambda grad: pull(grad.to(t.dtype))
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.function.under_autocast(function, *arguments)
 
 
 def find_fault(

@@ -179,7 +179,8 @@ class HalfStep(Step):
         return new, self.scheme.log_det(a, t)
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
-        streams[self.target] = self._back(streams[self.target], again.repeat(streams[self.source]))
+        t = again.repeat(streams[self.source])
+        streams[self.target] = again.compute(self._back, streams[self.target], t)
 
     def rebuild(
         self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
@@ -187,21 +188,22 @@ class HalfStep(Step):
         # The graph that gives the branch's output back is the one that is differentiated.
         t, pull = again.record(streams[self.source])
         if kept is None:
-            streams[self.target] = self._back(streams[self.target], t)
+            streams[self.target] = again.compute(self._back, streams[self.target], t)
         else:
             streams[:] = kept
-        return partial(self._differentiate, streams[self.target], t, pull)
+        return partial(self._differentiate, again, streams[self.target], t, pull)
 
     def _differentiate(
-        self, a: Tensor, t: Tensor, pull: Pullback, grads: Gradients
+        self, again: Again, a: Tensor, t: Tensor, pull: Pullback, grads: Gradients
     ) -> Sequence[Tensor | None]:
         target, source = self.target, self.source
         if self.measures:
             of_log_det, grad = grads.pop(), grads[target]
             grad = torch.zeros_like(a) if grad is None else grad
-            grads[target], grad_t = _vjp(self._measure, a, t, (grad, of_log_det))
+            found = again.compute(_vjp, self._measure, a, t, (grad, of_log_det))
         else:
-            grads[target], grad_t = self._vjp(a, t, grads[target])
-        grad_b, *found = pull(grad_t)
+            found = again.compute(self._vjp, a, t, grads[target])
+        grads[target], grad_t = found
+        grad_b, *of_leaves = pull(grad_t)
         grads[source] = add(grads[source], grad_b)
-        return found
+        return of_leaves

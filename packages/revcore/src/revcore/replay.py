@@ -266,6 +266,14 @@ class Replay(Memory):
         wanted = (x if self.needs_x else None, *leaves)
         return t, partial(differentiate, t, wanted, self._survey)
 
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a scheme's own arithmetic under the autocast of the first run."""
+        if not (self._autocast or torch._C._is_any_autocast_enabled()):
+            return function(*arguments)
+        kind = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        with autocast_as(self._autocast, kind):
+            return function(*arguments)
+
     def _lay_out(self, x: Tensor) -> Tensor:
         """Copies `x` to the strides that the branch saw first; other strides, other bits."""
         if x.stride() == self._stride:

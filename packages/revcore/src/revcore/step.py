@@ -30,6 +30,9 @@ class Again(Protocol):
             Its output, and a function from the output's gradient to those of `x` and the leaves.
         """
 
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a scheme's own arithmetic under the autocast of the forward pass."""
+
 
 class Step(ABC):
     """An update of some streams that can be undone.
