@@ -196,8 +196,9 @@ def test_fixed_point_is_refused_and_its_branches_can_be_compiled():
         compiled(case.chain)(case.x.clone().requires_grad_())
 
 
-def test_a_hook_on_a_block_is_refused():
+@pytest.mark.parametrize("hooked", ["1", "1.coupling"])
+def test_a_hook_on_a_block_is_refused(hooked):
     case = make_case("additive", "mlp")
-    case.chain[1].register_forward_hook(lambda *_: None)
+    case.chain.get_submodule(hooked).register_forward_hook(lambda *_: None)
     with pytest.raises(Exception, match="has a forward hook"):
         compiled(case.chain)(case.x.clone().requires_grad_())

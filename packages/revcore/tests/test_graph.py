@@ -165,6 +165,23 @@ def test_hooks_of_branches_and_parameters_run_as_in_plain_autograd(device):
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("reversing", [True, False])
+def test_hooks_of_the_coupling_of_a_block_run(reversing, device):
+    case = make_case("additive", "mlp", 3, device)
+    chain, twin = revcore.set_reversing(case.chain, reversing), case.twin()
+    seen = []
+    coupling = chain[1].coupling
+    coupling.register_forward_pre_hook(lambda *_: seen.append("before"))
+    coupling.register_forward_hook(lambda *_: seen.append("after"))
+    coupling.register_full_backward_hook(lambda *_: seen.append("backward"))
+    ours = gradients(chain, chain, case.x)
+    assert seen == ["before", "after", "backward"]
+    assert_same(ours, gradients(lambda x: case.plain(x, twin), twin, case.x))
+    with torch.no_grad():
+        chain[1](*case.x.chunk(2, 1))
+    assert seen[3:] == ["before", "after"]
+
+
 def test_a_hook_may_hand_on_an_alias(device):
     """FSDP does so around blocks, to be told when their backward pass is done."""
     case = make_case("additive", "mlp", 3, device)

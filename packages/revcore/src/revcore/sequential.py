@@ -238,6 +238,9 @@ class ReversibleBlock(_Reversible):
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         if self.keep_input:
             keep(streams)
+        if _is_seen(self.coupling):
+            found: Streams = self.coupling(*streams, **kwargs)
+            return found
         return run(self.coupling.half_steps(), streams, kwargs)
 
     def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
@@ -343,11 +346,12 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         steps: list[Step] = []
         kept: list[int] = []
         for block in reversed(list(self)) if inverted else self:
-            if block._forward_hooks or block._forward_pre_hooks:
-                raise RuntimeError(
-                    f"{type(block).__name__} has a forward hook, which does not run in a compiled "
-                    "chain: remove it, or hook a branch or the chain"
-                )
+            for module in (block, getattr(block, "coupling", block)):
+                if module._forward_hooks or module._forward_pre_hooks:
+                    raise RuntimeError(
+                        f"{type(module).__name__} has a forward hook, which does not run in a "
+                        "compiled chain: remove it, or hook a branch or the chain"
+                    )
             if isinstance(block, _Reversible):
                 own, own_kept = block._plan(count, inverted=inverted)
             elif isinstance(block, Coupling):
@@ -424,13 +428,12 @@ def _is_tiny(coupling: Coupling) -> bool:
 
 def _coupling_of(block: nn.Module) -> Coupling | None:
     """Returns the coupling of a block that nobody would see being called, else None."""
-    # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
-    if has_hooks(block) or block._compiled_call_impl is not None or "forward" in block.__dict__:
+    if _is_seen(block):
         return None
     kind: Any = type(block)
     if kind is ReversibleBlock:
         coupling: Any = block._modules["coupling"]  # faster than block.coupling
-        return coupling  # type: ignore[no-any-return]
+        return None if _is_seen(coupling) else coupling
     if (
         isinstance(block, Coupling)
         and kind.forward is Coupling.forward
@@ -438,6 +441,12 @@ def _coupling_of(block: nn.Module) -> Coupling | None:
     ):
         return block
     return None
+
+
+def _is_seen(module: nn.Module) -> bool:
+    # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
+    compiled = module._compiled_call_impl is not None
+    return compiled or "forward" in module.__dict__ or has_hooks(module)
 
 
 def set_reversing(module: M, enabled: bool) -> M:
