@@ -18,7 +18,9 @@ nox.options.default_venv_backend = "virtualenv"
 ROOT = Path(__file__).parent
 PACKAGES = ("revcore", "revmodels", "revdata", "revtrain")
 EVERYTHING = "revtrain"  # depends on all others
-TEST_TOOLS = ("pytest>=8.3", "hypothesis", "sybil>=9")
+TEST_TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis", "sybil>=9")
+# Tests that compute, one on each processor. The others start processes, which use all of them.
+SIDE_BY_SIDE = ("-n", "auto")
 
 
 def metadata(package: str) -> dict[str, object]:
@@ -66,6 +68,7 @@ def run_tests(session: nox.Session, package: str, *command: str) -> None:
     """Run the doctests of an installed package, its tests and the Python blocks of its README."""
     session.run(
         *(command or ("python", "-m", "pytest")),
+        *(SIDE_BY_SIDE if not command and package in {"revcore", "revmodels"} else ()),
         # A module that needs Triton is not there where Triton is not.
         *("--doctest-modules", "--doctest-ignore-import-errors"),
         *("--pyargs", package, f"packages/{package}/tests"),
@@ -103,7 +106,7 @@ def tests_revcore(session: nox.Session) -> None:
             session.error(f"{absent} is in the environment that should hold torch alone: {found}")
     session.install(constraints(session, requirement), *TEST_TOOLS)
     run_tests(session, "revcore")
-    session.run("python", "-m", "pytest", "packages/revcore/conformance")
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, "packages/revcore/conformance")
 
 
 @nox.session(name="tests-revmodels", requires=["build", "torch"])

@@ -139,8 +139,8 @@ def test_several_processes_share_a_network_in_all_ways(tmp_path):
     assert {("one process", 1, True), ("DDP", 2, True), ("FSDP2, each block", 2, False)} <= ways
     assert len(ways) == 2 * 8
     assert all(row["images_per_second"] > 0 for row in speed["rows"])
-    for row in speed["readiness"]:  # so small a net fills one bucket, at the end of the pass
-        assert 0.5 < row["ready_at"][-1] <= 1
+    for row in speed["readiness"]:  # shares of the backward pass
+        assert 0 < row["ready_at"][-1] <= 1
 
 
 def test_a_deep_net_learns_in_the_memory_of_a_shallow_one(run_here, tmp_path):
