@@ -161,7 +161,8 @@ def steps(key: str, scale: float, label: str) -> Callable[[Axes, list[str]], Non
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.12)
         axes.set_xlabel(label)
-        axes.legend(loc="lower right")
+        # Above, where no bar is.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
     return draw_steps
 
@@ -212,8 +213,8 @@ FIGURES: dict[str, tuple[Callable[[Axes, list[str]], None], str, tuple[float, fl
         "cells/cifar100-revnet38-cifar100-seed0*/metrics.jsonl",
         (6.4, 3.2),
     ),
-    "step-time": (steps("step_ms", 1, "ms a step"), STEPS, (6.4, 4.2)),
-    "step-memory": (steps("kept_bytes", 1e-6, "MB kept for the backward pass"), STEPS, (6.4, 4.2)),
+    "step-time": (steps("step_ms", 1, "ms a step"), STEPS, (6.4, 5.6)),
+    "step-memory": (steps("kept_bytes", 1e-6, "MB kept for the backward pass"), STEPS, (6.4, 5.6)),
     "batch-memory": (batch_memory, BATCHES, (7.6, 3.4)),
     "ten-thousand": (learning, TEN_THOUSAND, (6.4, 3.2)),
 }
