@@ -106,8 +106,10 @@ def check_invertible(
     """
     calls: list[Call] = []
     runner = duplicate(module)
+    # A block stands for its coupling.
+    inner = {block.coupling for block in runner.modules() if isinstance(block, ReversibleBlock)}
     for name, block in runner.named_modules():
-        if callable(getattr(block, "inverse", None)):
+        if block not in inner and callable(getattr(block, "inverse", None)):
             block.register_forward_hook(partial(_note, calls, name), with_kwargs=True)
     with torch.no_grad(), _fork(example):
         runner(*example, **kwargs)
