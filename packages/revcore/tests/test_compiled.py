@@ -196,6 +196,23 @@ def test_fixed_point_is_refused_and_its_branches_can_be_compiled():
         compiled(case.chain)(case.x.clone().requires_grad_())
 
 
+class Flip(nn.Module):
+    coupling = "none"  # an attribute of this name need not be a coupling
+
+    def forward(self, x):
+        return x.flip(1)
+
+    inverse = forward
+
+
+def test_any_module_with_an_inverse(device):
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(nn.Linear(4, 4)), Flip())
+    chain.to(device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    x = torch.randn(6, 8, device=device)
+    assert_same(gradients(compiled(chain), chain, x), gradients(twin, twin, x), 1e-5)
+
+
 @pytest.mark.parametrize("hooked", ["1", "1.coupling"])
 def test_a_hook_on_a_block_is_refused(hooked):
     case = make_case("additive", "mlp")

@@ -229,6 +229,7 @@ class ReversibleBlock(_Reversible):
         return self.coupling.streams
 
     def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
+        _refuse_hooks(self.coupling)
         if inverted:
             steps, keep_input = self.coupling.inverse_half_steps(), self.keep_input_inverse
         else:
@@ -346,12 +347,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         steps: list[Step] = []
         kept: list[int] = []
         for block in reversed(list(self)) if inverted else self:
-            for module in (block, getattr(block, "coupling", block)):
-                if module._forward_hooks or module._forward_pre_hooks:
-                    raise RuntimeError(
-                        f"{type(module).__name__} has a forward hook, which does not run in a "
-                        "compiled chain: remove it, or hook a branch or the chain"
-                    )
+            _refuse_hooks(block)
             if isinstance(block, _Reversible):
                 own, own_kept = block._plan(count, inverted=inverted)
             elif isinstance(block, Coupling):
@@ -441,6 +437,14 @@ def _coupling_of(block: nn.Module) -> Coupling | None:
     ):
         return block
     return None
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise RuntimeError(
+            f"{type(module).__name__} has a forward hook, which does not run in a compiled chain: "
+            "remove it, or hook a branch or the chain"
+        )
 
 
 def _is_seen(module: nn.Module) -> bool:
