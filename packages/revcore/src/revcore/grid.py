@@ -8,7 +8,6 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ class GridWatch:
     def __init__(self) -> None:
         self.bits: int | None = None
         self.entered = False
-        self._dtype = torch.float32
+        self._dtype, self._device = torch.float32, torch.device("cpu")
         self._peaks: list[Tensor] = []
         self._place: Tensor | None = None
 
@@ -140,7 +139,7 @@ class GridWatch:
                     f"fixed-point streams must be float32 or float64, got {stream.dtype}: call "
                     "x.float() before the chain. Its branches may run in any precision."
                 )
-        self._dtype = streams[0].dtype
+        self._dtype, self._device = streams[0].dtype, streams[0].device
         # What comes in may be of any size: a sum that fits gives it back.
         return [to_grid(stream, bits) for stream in streams]
 
@@ -149,9 +148,9 @@ class GridWatch:
         if step.grid is None:
             step.apply(run, streams)
             return
-        step.place = partial(self._get_place, streams[step.writes[0]])
+        step.place = self._get_place
         step.apply(run, streams)
-        step.place = None
+        step.place = None  # the tape keeps the step
         if not step.looked:
             self._peaks += [
                 torch.linalg.vector_norm(streams[index].detach(), torch.inf)
@@ -159,9 +158,9 @@ class GridWatch:
                 if streams[index].numel()
             ]
 
-    def _get_place(self, like: Tensor) -> Tensor:
+    def _get_place(self) -> Tensor:
         if self._place is None:
-            self._place = like.new_zeros(())
+            self._place = torch.zeros((), dtype=self._dtype, device=self._device)
             self._peaks.append(self._place)
         return self._place
 
