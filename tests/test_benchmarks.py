@@ -190,6 +190,15 @@ def test_the_largest_batch_is_found(monkeypatch, gaps):
         largest(lambda *_: None, 1)
 
 
+def test_compiled_nets_share_no_code(monkeypatch):
+    """Or the second one would get what was compiled for the budget of the first."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    ways = runpy.run_path(str(BENCHMARKS / "ways.py"))
+    one, two = (ways["_of_its_own"](abs) for _ in range(2))
+    assert one(-1) == two(-1) == 1
+    assert one.__code__ is not two.__code__
+
+
 def test_only_faster_tiles_are_written(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     conv_passes = pytest.importorskip("revmodels.conv_passes", exc_type=ImportError)

@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, C, H, W)` to `(N, C', H', W')`."""
         shortcut: Tensor = self.shortcut(x)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # no kernel of ours will run, which could add
             y: Tensor = self.branch(x)
             return shortcut + y
         with Destination(self.branch, shortcut, 1) as destination:
