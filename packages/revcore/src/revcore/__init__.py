@@ -8,8 +8,8 @@ from revcore.destination import Destination, get_destination
 from revcore.drift import Drift, track_drift
 from revcore.fixed_point import FixedPointCoupling
 from revcore.half_step import HalfStep, Scheme
+from revcore.known import self_contained
 from revcore.memory import track_memory
-from revcore.randomness import no_randomness
 from revcore.recompute import recompute
 from revcore.remember import remember
 from revcore.sequential import ReversibleBlock, ReversibleSequential, set_reversing
@@ -31,9 +31,9 @@ __all__ = [
     "check_invertible",
     "exp_adapter",
     "get_destination",
-    "no_randomness",
     "recompute",
     "remember",
+    "self_contained",
     "set_reversing",
     "sigmoid_adapter",
     "track_drift",

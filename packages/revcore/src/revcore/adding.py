@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revcore.destination import Destination
 from revcore.half_step import HalfStep
@@ -14,7 +14,7 @@ from revcore.step import Again, Differentiate, Gradients, Pullback, add
 
 
 def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
-    """Lets the branches that can do so add to the streams: those whose class has `adds = True`.
+    """Lets the branches that can do so add to the streams: those with a true `adds`.
 
     Args:
         steps: Half-steps that add, on a grid or not.
@@ -26,10 +26,15 @@ def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
         return steps
     return [
         AddingStep(step.scheme, step.branch, step.target, step.source, inverted=step.inverted)
-        if getattr(type(step.branch), "adds", False)
+        if _adds(step.branch)
         else step
         for step in steps
     ]
+
+
+def _adds(branch: nn.Module) -> bool:
+    # The class is asked first: a module without the attribute takes long to say so.
+    return hasattr(type(branch), "adds") and bool(branch.adds)
 
 
 class AddingStep(HalfStep):

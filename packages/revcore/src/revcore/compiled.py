@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
-from revcore.randomness import BATCH_NORMS, RandomnessError, RefuseRandomness
+from revcore.known import BATCH_NORMS
+from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.step import Pullback, Step
 from revcore.streams import Streams
 

@@ -103,11 +103,11 @@ _thread = _Thread()
 def get_destination(branch: nn.Module) -> Destination | None:
     """Tells a branch where its results go, if it may add them there by itself.
 
-    A branch whose class has `adds = True` is told so by an additive or fixed-point coupling. It may
-    then return `stream + sign * result` instead of `result`, in the stream's dtype, and set
-    `added`. In the backward pass of that run it may return `gradient` and the gradient of its
-    input as one sum, in the input's dtype, and set `gradient_added`. What it does not do, the
-    coupling does.
+    A branch is told so by an additive or fixed-point coupling if its class has an attribute `adds`,
+    which may be a property, and it is true. The branch may then return `stream + sign * result`
+    instead of `result`, in the stream's dtype, and set `added`. In the backward pass of that run it
+    may return `gradient` and the gradient of its input as one sum, in the input's dtype, and set
+    `gradient_added`. What it does not do, the coupling does.
 
     A stream that requires a gradient gets it as in any addition. While a stream is being
     reconstructed (`reconstructs`) the gradient that arrives is that of `result`: it is passed on as

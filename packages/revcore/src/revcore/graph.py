@@ -43,7 +43,7 @@ def differentiate(
     wanted: Any = inputs if inputs[0] is not None else inputs[1:]
     if not t.requires_grad:
         return [None] * len(inputs)
-    if not (survey.known and survey.walked):
+    if not (survey.contained and survey.walked):
         _walk(t, wanted, survey)
     if not wanted:
         return [None] * len(inputs)
@@ -59,7 +59,7 @@ def _walk(t: Tensor, wanted: Sequence[Tensor], survey: Survey) -> None:
     branch = survey.modules[0]
     survey.walked = True
     refuse_foreign_leaves(t, wanted, f"branch {type(branch).__name__}")
-    if branch not in _searched:
+    if not survey.contained and branch not in _searched:
         _searched.add(branch)
         _warn_of_side_results(branch)
 
@@ -68,10 +68,11 @@ def _warn_of_side_results(branch: nn.Module) -> None:
     """Warns if a run has left tensors with gradients in attributes, as an auxiliary loss may be."""
     for name, module in branch.named_modules():
         for attribute, value in vars(module).items():
+            if not isinstance(value, Tensor) or value.grad_fn is None:
+                continue
             # A weight that is computed from a weight_orig or weight_g beside it is none.
             names = [key for key, _ in module.named_parameters(recurse=False)]
-            own = any(key.startswith(f"{attribute}_") for key in names)
-            if isinstance(value, Tensor) and value.grad_fn is not None and not own:
+            if not any(key.startswith(f"{attribute}_") for key in names):
                 where = f"{name}.{attribute}" if name else attribute
                 warnings.warn(
                     f"branch {type(branch).__name__} leaves a result in its attribute {where!r}. A "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from ctypes import string_at
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -22,71 +22,6 @@ class State(NamedTuple):
 States = list[State]
 
 NO_STATES: States = []
-
-M = TypeVar("M", bound=type[nn.Module])
-
-# Modules that draw nothing, and do the same in training and in evaluation.
-_PLAIN: frozenset[type[nn.Module]] = frozenset(
-    {
-        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
-        *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
-        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
-    }
-)
-
-# These read their running statistics only in evaluation. Subclasses may use their buffers in other
-# ways.
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-_KNOWN = _PLAIN.union(BATCH_NORMS)
-
-# Modules that are known to draw nothing, so that nothing has to be read for them. The list need not
-# be complete.
-_QUIET: set[type[nn.Module]] = {*_KNOWN}
-
-
-def no_randomness(module: M) -> M:
-    """Declares that a class of modules draws no random numbers in its `forward`.
-
-    The generators are then not read and set around each run of a branch that is made of such
-    modules. It says nothing of the modules inside, which are looked at themselves, nor of
-    subclasses. A class that draws all the same gets wrong gradients.
-
-    Args:
-        module: The class.
-
-    Returns:
-        The same class.
-
-    Example:
-        >>> @no_randomness
-        ... class Square(nn.Module):
-        ...     def forward(self, x):
-        ...         return x * x
-    """
-    _QUIET.add(module)
-    return module
-
-
-def draw_nothing(modules: Sequence[nn.Module]) -> bool:
-    """Tells whether these modules are known to draw no random numbers."""
-    return all(type(module) in _QUIET and not _is_changed(module) for module in modules)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Tells whether a module is known to do the same in training and in evaluation."""
-    return type(module) in _PLAIN and not _is_changed(module)
-
-
-def is_known(module: nn.Module) -> bool:
-    """Tells whether a module is torch's own, and of those that use nothing but what they hold."""
-    return type(module) in _KNOWN and not _is_changed(module)
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Tells whether something else runs with a module, or in its place."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
 
 _CPU = torch.device("cpu")
 

@@ -25,7 +25,8 @@ from torch.nn.utils import parametrize
 
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.graph import differentiate
-from revcore.randomness import BATCH_NORMS, NO_STATES, RefuseRandomness, draw_again, get_states
+from revcore.known import BATCH_NORMS
+from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
 from revcore.remember import Memory, thread
 from revcore.step import Pullback
 from revcore.survey import Group, Survey, Table, needs_of
@@ -181,7 +182,7 @@ class Replay(Memory):
 
     def _draw(self, x: Tensor) -> Tensor:
         """Runs the branch, and notes the random generators before it and after it."""
-        if self._survey.quiet:
+        if self._survey.contained:
             return self._without_gradients(run_branch, x)
         self._before = get_states(x)
         if not self._before:

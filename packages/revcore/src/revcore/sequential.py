@@ -20,7 +20,7 @@ from revcore.engine import keep, reverse, run
 from revcore.fixed_point import FixedPointCoupling
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.invertible import InvertibleStep
-from revcore.randomness import is_known
+from revcore.known import is_known
 from revcore.replay import tensors_of
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det

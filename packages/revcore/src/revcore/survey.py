@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.randomness import BATCH_NORMS, draw_nothing, is_known, is_plain
+from revcore.known import BATCH_NORMS, are_self_contained, is_known, is_plain
 
 Table = dict[str, Any]
 
@@ -51,11 +51,11 @@ class Survey:
         plain: Whether all of them are leaves.
         buffered: Modules with buffers that a second run must find as the first one found them.
         norms: Batch norms in training, whose buffers no run reads.
-        quiet: Whether the modules are known to draw no random numbers.
+        contained: Whether the modules are known to use nothing from elsewhere.
         lazy: Whether a parameter has no shape yet.
         simple: Whether a first run has to note nothing but autocast.
         lasts: Whether the survey may be kept until the next call.
-        known: Whether the modules are torch's own, which use no tensors but those that they hold.
+        known: Whether all of them are torch's own.
         walked: Whether a graph of the branch has been looked through.
     """
 
@@ -91,10 +91,10 @@ class Survey:
         self.needed = needs_of(self.tensors)
         self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad]
         self.plain = all(tensor.is_leaf for tensor in self.tensors)
-        self.quiet = draw_nothing(modules)
+        self.contained = are_self_contained(modules)
         self.known = all(map(is_known, modules))
         self.lazy = any(map(is_lazy, self.tensors))
-        self.simple = self.quiet and not self.buffered and not self.lazy
+        self.simple = self.contained and not self.buffered and not self.lazy
         # Of what was computed from other parameters (functional_call) nothing must stay alive, and
         # a ScriptModule makes its tables anew each time that it is asked.
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in modules)

@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from revcore import get_destination, no_randomness
+from revcore import get_destination, self_contained
 from revmodels.batchnorm import batch_norm_relu
+from revmodels.fused import is_fused
 from revmodels.normalized_conv import norm_relu_conv
 
 BlockKind = Literal["basic", "bottleneck"]
@@ -27,7 +28,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
     )
 
 
-@no_randomness
+@self_contained
 class ConvNorm(nn.Sequential):
     """Creates a convolution and a BatchNorm, and with `activate` a ReLU."""
 
@@ -41,7 +42,7 @@ class ConvNorm(nn.Sequential):
         return batch_norm_relu(norm, convolution(x), relu=self.activate)
 
 
-@no_randomness
+@self_contained
 class Branch(nn.Module):
     r"""Creates a pre-activation residual branch, (BatchNorm, ReLU, convolution) repeated.
 
@@ -55,9 +56,6 @@ class Branch(nn.Module):
             not, because the stem ends with them.
     """
 
-    # To the stream of a coupling, where a kernel can; see `revcore.get_destination`.
-    adds = True
-
     def __init__(self, *kernels: tuple[int, int, int, int], activate: bool = True) -> None:
         super().__init__()
         self.convs = nn.ModuleList(conv(*kernel) for kernel in kernels)
@@ -66,6 +64,11 @@ class Branch(nn.Module):
             for position, kernel in enumerate(kernels)
         )
         self.activate = activate
+
+    @property
+    def adds(self) -> bool:
+        """Whether a kernel may add the result to a stream; see `revcore.get_destination`."""
+        return is_fused(self.norms[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, C, H, W)` to `(N, C', H', W')`."""

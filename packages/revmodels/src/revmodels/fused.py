@@ -53,9 +53,15 @@ def set_fused(module: nn.Module, fused: bool) -> nn.Module:
     return module
 
 
+def is_fused(norm: nn.Module) -> bool:
+    """Tells whether `set_fused` has asked for kernels."""
+    fused: bool = norm.__dict__.get("fused", False)
+    return fused
+
+
 def may_fuse(norm: nn.Module, x: Tensor) -> bool:
     """Tells whether kernels are wanted and can do what `norm` would do to `x`."""
-    if not norm.__dict__.get("fused") or torch.compiler.is_compiling():
+    if not is_fused(norm) or torch.compiler.is_compiling():
         return False
     if not x.is_cuda and not interpreted():
         return False

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from revcore import Destination, no_randomness
+from revcore import Destination, self_contained
 from revmodels.batchnorm import batch_norm_relu
 from revmodels.branches import BlockKind, ConvNorm, batch_norm, conv, expansion, make_branch
 
 
-@no_randomness
+@self_contained
 class ResidualBlock(nn.Module):
     """Creates an ordinary residual block, `shortcut(x) + branch(x)`.
 
@@ -131,7 +131,7 @@ def classify(norm: nn.Module, classifier: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-@no_randomness
+@self_contained
 class Head(nn.Module):
     """Creates `classify` as a module, of modules that are there already."""
 
