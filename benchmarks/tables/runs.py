@@ -232,7 +232,12 @@ def stored() -> str:
 
 def twins() -> str:
     """Returns whether reversed and stored training end with the same bits."""
-    record = read("twins-fixed-point-h100.json")
+    return "\n\n".join(
+        _twins(read(f"twins-fixed-point-{name}.json")) for name in ("h200", "cifar100-h200")
+    )
+
+
+def _twins(record: dict[str, Any]) -> str:
     steps = len(record["losses_reversed"])
     if record["first_difference"] is not None or record["largest_weight_difference"] != 0:
         raise ValueError("the twins differ")
