@@ -35,7 +35,7 @@ def make_net(kind, device, blocks=2):
 
 
 def batch(kind, device):
-    x = torch.randn(4, 32 if kind == "fixed point" else 3, 8, 8, device=device)
+    x = torch.randn(2, 32 if kind == "fixed point" else 3, 4, 4, device=device)
     return x.to(memory_format=torch.channels_last)
 
 

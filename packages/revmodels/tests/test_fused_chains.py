@@ -19,15 +19,20 @@ pytest.importorskip("numpy", reason="Triton's interpreter needs it")
 pytestmark = pytest.mark.usefixtures("kernels")
 
 CONVOLUTIONS = {"basic": 2, "bottleneck": 3}
+# Channels of a stream, and of the convolutions inside; 3x3 takes Triton's interpreter long.
+WIDTHS = {"basic": (16, 16), "bottleneck": (32, 8)}
 
 
 def make_chain(device, kind="bottleneck", depth=2, coupling=revcore.AdditiveCoupling):
     torch.manual_seed(0)
-    inner = 8 if kind == "bottleneck" else 32
-    couplings = [coupling(*(make_branch(kind, 32, inner) for _ in "fg")) for _ in range(depth)]
+    couplings = [coupling(*(make_branch(kind, *WIDTHS[kind]) for _ in "fg")) for _ in range(depth)]
     chain = revcore.ReversibleSequential(*couplings)
     chain.to(device, memory_format=torch.channels_last)
     return revmodels.set_fused(chain, True)
+
+
+def streams(device, kind="bottleneck"):
+    return batch(3, 2 * WIDTHS[kind][0], 4, 4, device=device)
 
 
 def run(chain, x, dtype=None):
@@ -43,7 +48,7 @@ def run(chain, x, dtype=None):
 @pytest.mark.parametrize("kind", list(CONVOLUTIONS))
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_chain_reversed_stored_and_without_kernels(device, products, dtype, kind):
-    x = batch(3, 64, 4, 4, device=device)
+    x = streams(device, kind)
     reversed_chain = make_chain(device, kind)
     stored = revcore.set_reversing(copy.deepcopy(reversed_chain), False)
     unfused = revmodels.set_fused(copy.deepcopy(stored), False)
@@ -83,7 +88,7 @@ def looked_at(device, monkeypatch):
 @pytest.mark.parametrize("reversing", [True, False])
 def test_a_chain_reads_one_stream_alone_for_statistics(device, looked_at, kind, reversing):
     chain = revcore.set_reversing(make_chain(device, kind), reversing)
-    x = batch(3, 64, 4, 4, device=device)
+    x = streams(device, kind)
     for _ in range(2):
         chain(x).square().sum().backward()
     assert len(looked_at) == 2
@@ -99,7 +104,7 @@ def test_a_fixed_point_chain_has_the_bits_of_a_stored_one(device, products, dtyp
     chain = make_chain(device, kind, coupling=revcore.FixedPointCoupling)
     stored = revcore.set_reversing(copy.deepcopy(chain), False)
     unfused = revmodels.set_fused(copy.deepcopy(stored), False)
-    x = batch(3, 64, 4, 4, device=device)
+    x = streams(device, kind)
     ours = run(chain, x, dtype)
     assert products["convolve"].count(True) == 4 * 3
     assert True in products["gradients"]
@@ -113,7 +118,7 @@ def test_a_fixed_point_chain_has_the_bits_of_a_stored_one(device, products, dtyp
 def test_an_overflow_is_seen(device, products, reversing):
     chain = make_chain(device, coupling=revcore.FixedPointCoupling)
     revcore.set_reversing(chain, reversing)
-    x = batch(3, 64, 4, 4, device=device)
+    x = streams(device)
     chain(x)
     chain[1].g.convs[-1].weight.data.mul_(1e4)
     with pytest.raises(OverflowError, match="a stream reached inf"):
@@ -126,7 +131,7 @@ def test_an_overflow_is_seen(device, products, reversing):
 
 @pytest.mark.parametrize("scheme", [revcore.AdditiveCoupling, revcore.FixedPointCoupling])
 def test_the_inverse(device, products, scheme):
-    chain, x = make_chain(device, coupling=scheme), batch(3, 64, 4, 4, device=device)
+    chain, x = make_chain(device, coupling=scheme), streams(device)
     x = torch.round(x.detach() * 2**16) / 2**16
     chain(x)
     chain.eval()
@@ -196,7 +201,7 @@ def doubling(chain):
 
 @pytest.mark.parametrize("change", [twice, hooked, wrapped, doubling])
 def test_a_stream_is_not_for_results_that_something_changes(device, products, change):
-    x, chain = batch(2, 64, 4, 4, device=device), make_chain(device)
+    x, chain = streams(device), make_chain(device)
     change(chain)
     unfused = revmodels.set_fused(revcore.set_reversing(copy.deepcopy(chain), False), False)
     ours = run(chain, x)
