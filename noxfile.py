@@ -21,6 +21,8 @@ EVERYTHING = "revtrain"  # depends on all others
 TEST_TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis", "sybil>=9")
 # Tests that compute, one on each processor. The others start processes, which use all of them.
 SIDE_BY_SIDE = ("-n", "auto")
+# Tests of one file may share a run that takes long.
+BY_FILE = (*SIDE_BY_SIDE, "--dist=loadfile")
 
 
 def metadata(package: str) -> dict[str, object]:
@@ -68,7 +70,7 @@ def run_tests(session: nox.Session, package: str, *command: str) -> None:
     """Run the doctests of an installed package, its tests and the Python blocks of its README."""
     session.run(
         *(command or ("python", "-m", "pytest")),
-        *(SIDE_BY_SIDE if not command and package in {"revcore", "revmodels"} else ()),
+        *(() if command else BY_FILE if package == "revtrain" else SIDE_BY_SIDE),
         # A module that needs Triton is not there where Triton is not.
         *("--doctest-modules", "--doctest-ignore-import-errors"),
         *("--pyargs", package, f"packages/{package}/tests"),
@@ -129,7 +131,7 @@ def tests_revtrain(session: nox.Session) -> None:
     install(session, "revtrain", *TEST_TOOLS, "tensorboard")  # one tracker, to test --log-with
     run_tests(session, "revtrain")
     files = ("documents", "pages", "benchmarks", "lines_of_code")
-    session.run("python", "-m", "pytest", *(f"tests/test_{file}.py" for file in files))
+    session.run("python", "-m", "pytest", *BY_FILE, *(f"tests/test_{file}.py" for file in files))
 
 
 @nox.session
