@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 PACKAGES = ("revcore", "revmodels", "revdata", "revtrain")
 EVERYTHING = "revtrain"  # depends on all others
 TEST_TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis", "sybil>=9")
-# Tests that compute, one on each processor. The others start processes, which use all of them.
+# Tests, one at a time on each processor.
 SIDE_BY_SIDE = ("-n", "auto")
 # Tests of one file may share a run that takes long.
 BY_FILE = (*SIDE_BY_SIDE, "--dist=loadfile")
