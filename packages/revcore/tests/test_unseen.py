@@ -179,6 +179,29 @@ def test_a_foreign_tensor_that_requires_a_gradient_later(device, x):
         step(chain, x)
 
 
+class Constant(nn.Module):
+    """Returns a tensor that it holds, whatever comes in."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value if isinstance(value, nn.Parameter) else [value]
+
+    def forward(self, _x):
+        return self.value if isinstance(self.value, nn.Parameter) else self.value[0]
+
+
+def test_a_foreign_tensor_that_a_branch_returns(device, x):
+    value = torch.rand(6, 4, dtype=torch.float64, device=device, requires_grad=True)
+    chain = make_chain(nn.Identity()).to(device)
+    chain[0].coupling.f = Constant(value)
+    with pytest.raises(RuntimeError, match="would get no gradient"):
+        step(chain, x)
+    chain[0].coupling.f = Constant(nn.Parameter(value))
+    ours, theirs = step(chain, x), step(stored(chain), x)
+    assert torch.equal(ours[0], theirs[0])
+    assert same(ours[1], theirs[1])
+
+
 def test_a_foreign_tensor_of_a_frozen_branch(device, x):
     gate = torch.rand(4, dtype=torch.float64, device=device, requires_grad=True)
     branch = Gated(gate).double().to(device).requires_grad_(False)
@@ -192,11 +215,12 @@ def test_a_foreign_tensor_of_a_frozen_branch(device, x):
 
 
 @traceable
-def test_a_foreign_tensor_compiled(x):
+@pytest.mark.parametrize("branch", [Gated, Constant])
+def test_a_foreign_tensor_compiled(x, branch):
     torch.compiler.reset()
-    gate = torch.rand(4, dtype=torch.float64, device=x.device, requires_grad=True)
+    tensor = torch.rand(6, 4, dtype=torch.float64, device=x.device, requires_grad=True)
     chain = make_chain(nn.Linear(4, 4)).to(x.device)
-    chain[1].coupling.g = Gated(gate).double().to(x.device)
+    chain[1].coupling.g = branch(tensor).double().to(x.device)
     with pytest.raises(Exception, match="would get no gradient"):
         torch.compile(chain, backend="aot_eager", fullgraph=True)(x.requires_grad_())
 

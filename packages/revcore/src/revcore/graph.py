@@ -94,7 +94,7 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None
     silence.
 
     Args:
-        t: A result, with its graph.
+        t: A result that requires a gradient, with its graph.
         known: The leaves that get their gradient.
         what: What computed it, for the message.
 
@@ -102,19 +102,24 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None
         ForeignLeafError: Naming the shape of the foreign leaf.
     """
     expected = {id(tensor) for tensor in known}
-    seen: set[Any] = {None}
-    nodes: list[Any] = [t.grad_fn]
+    if t.grad_fn is None and id(t) not in expected:
+        raise _foreign(t, what)
+    seen: set[Any] = {t.grad_fn, None}
+    nodes: list[Any] = [] if t.grad_fn is None else [t.grad_fn]
     for node in nodes:  # grows meanwhile
-        if node in seen:
-            continue
-        seen.add(node)
-        if type(node) is not _Leaf:
-            nodes += [following for following, _ in node.next_functions]
-        elif id(leaf := node.variable) not in expected:
-            raise ForeignLeafError(
-                f"{what} uses a tensor of shape {tuple(leaf.shape)} that "
-                "requires a gradient but is neither its input nor one of its parameters; it would "
-                "get no gradient. Register it as an nn.Parameter of the branch, pass it by "
-                "keyword (chain(x, name=tensor)), detach it, or store the activations: "
-                "revcore.set_reversing(model, False)."
-            )
+        for following, _ in node.next_functions:
+            if type(following) is _Leaf:
+                if id(leaf := following.variable) not in expected:
+                    raise _foreign(leaf, what)
+            elif following not in seen:
+                seen.add(following)
+                nodes.append(following)
+
+
+def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
+    return ForeignLeafError(
+        f"{what} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is "
+        "neither its input nor one of its parameters; it would get no gradient. Register it as an "
+        "nn.Parameter of the branch, pass it by keyword (chain(x, name=tensor)), detach it, or "
+        "store the activations: revcore.set_reversing(model, False)."
+    )
