@@ -107,3 +107,20 @@ def test_a_graph_is_looked_through_again_when_a_parameter_is_thawed(device):
     chain[0].coupling.f.linear.bias.requires_grad_(False)
     with pytest.raises(RuntimeError, match="would get no gradient"):
         gradients(chain, device)
+
+
+@revcore.self_contained
+class Conditioned(nn.Module):
+    """Uses what is inside of its arguments."""
+
+    def forward(self, x, *, condition):
+        return x * condition["scale"]
+
+
+def test_a_tensor_inside_of_an_argument_that_requires_a_gradient_later(device):
+    scale = torch.rand(4, dtype=torch.float64, device=device)
+    chain = chain_of([Conditioned()], device)
+    x = torch.randn(3, 8, dtype=torch.float64, device=device, requires_grad=True)
+    chain(x, condition={"scale": scale}).sum().backward()
+    with pytest.raises(RuntimeError, match="would get no gradient"):
+        chain(x, condition={"scale": scale.requires_grad_()}).sum().backward()

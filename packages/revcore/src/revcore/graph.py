@@ -23,6 +23,7 @@ def differentiate(
     t: Tensor,
     inputs: tuple[Tensor | None, ...],
     survey: Survey,
+    has_arguments: bool,
     grad: Tensor,
 ) -> Sequence[Tensor | None]:
     """Takes the gradient of a branch's output to those of its inputs.
@@ -32,6 +33,7 @@ def differentiate(
         inputs: First the branch's input, None if it needs no gradient, then all else that needs
             one.
         survey: That of the branch.
+        has_arguments: Whether the branch got extra arguments, in which there may be other tensors.
         grad: Gradient of the output.
 
     Returns:
@@ -43,7 +45,7 @@ def differentiate(
     wanted: Any = inputs if inputs[0] is not None else inputs[1:]
     if not t.requires_grad:
         return [None] * len(inputs)
-    if not (survey.contained and survey.walked):
+    if has_arguments or not (survey.contained and survey.walked):
         _walk(t, wanted, survey)
     if not wanted:
         return [None] * len(inputs)

@@ -265,7 +265,7 @@ class Replay(Memory):
         finally:
             torch._C._set_grad_enabled(False)
         wanted = (x if self.needs_x else None, *leaves)
-        return t, partial(differentiate, t, wanted, self._survey)
+        return t, partial(differentiate, t, wanted, self._survey, bool(self._kwargs))
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a scheme's own arithmetic under the autocast of the first run."""
