@@ -69,8 +69,10 @@ def main() -> None:
         parser.error("a CPU's memory cannot be capped: give --gigabytes without numbers")
     accelerator = make_accelerator(cpu=arguments.cpu, mixed_precision=arguments.precision)
     if arguments.one:
-        for row in measure(arguments, arguments.ways[0], accelerator):
-            print(json.dumps(row), flush=True)
+        # Each new size may compile once more, though from the second one on sizes are variables.
+        with WAYS[arguments.ways[0]].compiling():
+            for row in measure(arguments, arguments.ways[0], accelerator):
+                print(json.dumps(row), flush=True)
         return
     rows: list[dict[str, Any]] = []
     record = {

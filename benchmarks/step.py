@@ -217,8 +217,9 @@ def memory(net: nn.Module, x: Tensor, labels: Tensor, way: Way) -> tuple[int | N
         torch.cuda.empty_cache()  # or the allocator counts the rest of a larger piece that it gives
     try:
         if x.device.type != "cuda":
-            if way.package == "memcnn":
-                # It resizes storages, which the counter of operations cannot see.
+            if way.package == "memcnn" or way.compiled:
+                # One resizes storages, which the counter of operations cannot see; and while
+                # operations are counted, compiled nets run as they were written.
                 return None, None
             with track_memory() as tracked:
                 total = loss()
