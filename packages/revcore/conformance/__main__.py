@@ -31,7 +31,9 @@ def main() -> None:
         prog="python packages/revcore/conformance", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write a record")
-    parser.add_argument("--resume", action="store_true", help="ask only what the record lacks")
+    parser.add_argument(
+        "--resume", action="store_true", help="ask only what the record lacks or could not ask"
+    )
     parser.add_argument("--only", nargs="+", choices=[*ADAPTERS], metavar="ADAPTER")
     parser.add_argument("--case", nargs="+", choices=[*QUESTIONS], metavar="NAME")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -96,7 +98,10 @@ def stop(number: int, _: object) -> None:
 
 
 def known(file: Path, now: dict[str, Any]) -> dict[Job, Answer]:
-    """Returns the answers of a record, if it is of the same versions and hardware as `now`."""
+    """Returns the answers of a record, if it is of the same versions and hardware as `now`.
+
+    Without those that could not be asked: more GPUs may have changed that.
+    """
     before = report.read(file)
     for key in ("versions", "hardware", "adapters"):
         if before[key] != now[key]:
@@ -104,6 +109,7 @@ def known(file: Path, now: dict[str, Any]) -> dict[Job, Answer]:
     return {
         Job(case.pop("adapter"), case.pop("case"), now["hardware"]["device"]): Answer(**case)
         for case in before["cases"]
+        if case["answer"] != "-"
     }
 
 

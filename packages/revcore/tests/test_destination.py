@@ -270,3 +270,20 @@ def test_a_compiler_sees_an_addition(x):
     ours = torch.compile(chain, backend="eager", fullgraph=True)(x)
     signs(chain)
     torch.testing.assert_close(ours, chain(x))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_property_tells_whether_a_branch_adds(x, wanted):
+    class Sometimes(Adding):
+        @property
+        def adds(self):
+            return wanted
+
+    torch.manual_seed(0)
+    width = x.shape[-1] // 2
+    branches = [Sometimes(width).to(x) for _ in "fg"]
+    chain = revcore.ReversibleSequential(revcore.AdditiveCoupling(*branches), split_dim=-1)
+    run(chain, x)
+    told = [sign is not None for sign in signs(chain)]
+    assert told == [wanted] * len(told)
+    assert told
