@@ -169,7 +169,7 @@ class Way:
         return net
 
     def compiling(self) -> AbstractContextManager[Any]:
-        """Returns what the first step has to run in."""
+        """Returns what all has to run in that may compile."""
         if self.budget is None:
             return nullcontext()
         from torch._functorch import config  # noqa: PLC0415 - private, so only where needed

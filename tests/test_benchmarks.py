@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._functorch import config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ("--cpu", "--blocks", "2", "2", "2", "--channels", "4", "4", "8", "8")
@@ -197,6 +199,23 @@ def test_compiled_nets_share_no_code(monkeypatch):
     one, two = (ways["_of_its_own"](abs) for _ in range(2))
     assert one(-1) == two(-1) == 1
     assert one.__code__ is not two.__code__
+
+
+def test_all_that_is_compiled_for_a_way_gets_its_budget(run_here, monkeypatch):
+    """The step compiles once more than the count of its memory: its weights are cast before."""
+    budgets = []
+
+    def compiler(graph, _inputs):
+        budgets.append(config.activation_memory_budget)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    way = "stored, compiled, budget 0.3"
+    options = ("--batch-size", 4, "--image-size", 8, "--seconds", 1, "--precision", "bf16")
+    status, printed = run_here("step.py", *SMALL, *options, "--ways", way)
+    assert status == 0, printed
+    assert budgets == [0.3] * len(budgets)
+    assert len(budgets) > 1
 
 
 def test_only_faster_tiles_are_written(monkeypatch, tmp_path):
