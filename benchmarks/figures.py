@@ -193,7 +193,7 @@ def batch_memory(axes: Axes, colors: list[str]) -> None:
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-BATCHES = "batch-*.json"
+BATCHES = "batch-revnet164-*.json"
 TEN_THOUSAND = "ten-thousand-*.json"
 STEPS = "step-revnet164-100-*.json"
 # What is drawn, from which records, and its size in inches.
