@@ -217,3 +217,19 @@ def assert_same(
         torch.testing.assert_close(
             got, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def chain_of_branches(branch: nn.Module, blocks: int = 2) -> revcore.ReversibleSequential:
+    """Makes a chain of blocks of copies of a branch, for inputs of twice its width."""
+    return revcore.ReversibleSequential(
+        *(revcore.ReversibleBlock(copy.deepcopy(branch)) for _ in range(blocks))
+    )
+
+
+def step_of(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Runs forward and backward; returns the output and all gradients."""
+    net.zero_grad()
+    x = x.detach().requires_grad_()
+    y = net(x)
+    y.square().sum().backward()
+    return [y, x.grad, *(p.grad for p in net.parameters())]  # type: ignore[list-item]

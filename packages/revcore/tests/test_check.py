@@ -185,6 +185,36 @@ def test_wrong_gradients():
     assert "gradients are not those of stored activations" in report.first_bad.problem
 
 
+class Embedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x, other=None):
+        return x if other is None else x + self.f(other)
+
+    inverse = forward
+
+
+@pytest.mark.parametrize("x", [(torch.zeros(2, 4), None), (torch.zeros(2, 4).long(),)])
+def test_what_is_called_with_others_than_streams(x):
+    report = revcore.check_invertible(Embedding(), *x)
+    assert not report
+    assert "cannot be checked: called with torch." in report.blocks[0].problem
+
+
+def test_an_input_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = revcore.ReversibleBlock(nn.Linear(4, 4))
+
+        def forward(self, *, x):
+            return self.block(x)
+
+    assert revcore.check_invertible(Net(), x=torch.randn(2, 8))
+
+
 def test_nothing_to_check():
     with pytest.raises(ValueError, match="Linear called nothing that has a method inverse"):
         check_invertible(nn.Linear(2, 2), torch.randn(3, 2))

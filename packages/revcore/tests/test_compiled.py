@@ -219,3 +219,157 @@ def test_a_hook_on_a_block_is_refused(hooked):
     case.chain.get_submodule(hooked).register_forward_hook(lambda *_: None)
     with pytest.raises(Exception, match="has a forward hook"):
         compiled(case.chain)(case.x.clone().requires_grad_())
+
+
+class Masked(nn.Module):
+    """Gets a mask, and a condition that takes a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, mask, scale):
+        return self.linear(x).masked_fill(mask, 0.0) * scale
+
+
+def shared_blocks():
+    return (revcore.ReversibleBlock(nn.Linear(4, 4)),) * 2
+
+
+def shared_branches():
+    linear = nn.Linear(4, 4)
+    return (revcore.ReversibleBlock(linear, linear),)
+
+
+def tied_weights():
+    one, two = (revcore.ReversibleBlock(nn.Linear(4, 4)) for _ in range(2))
+    two.coupling.f.weight = one.coupling.f.weight
+    return one, two
+
+
+@pytest.mark.parametrize("blocks", [shared_blocks, shared_branches, tied_weights])
+def test_a_tensor_that_comes_twice(blocks):
+    chain = revcore.ReversibleSequential(*blocks()).double()
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    ours = gradients(compiled(lambda x: torch.cat(chain(x.sin(), x.sin()))), chain, x)
+    assert_same(ours, gradients(lambda x: torch.cat(twin(x.sin(), x.sin())), twin, x))
+
+    def doubled(net):
+        def call(x):
+            h = x.sin()
+            return torch.cat(net(h, h))
+
+        return call
+
+    torch.compiler.reset()
+    ours = gradients(compiled(doubled(chain)), chain, x)
+    assert_same(ours, gradients(doubled(twin), twin, x))
+
+
+def test_masks_and_an_argument_that_is_a_stream():
+    chain = revcore.ReversibleSequential(*(revcore.ReversibleBlock(Masked()) for _ in range(2)))
+    chain.double()
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    mask = torch.tensor([True, False, False, True])
+
+    def call(net):
+        return lambda x: torch.cat(net(x, 2 * x, mask=mask, scale=x))
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert_same(gradients(compiled(call(chain)), chain, x), gradients(call(twin), twin, x))
+
+
+class Averaging(nn.Module):
+    """Changes a buffer that it reads."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        self.linear, self.in_place = nn.Linear(4, 4), in_place
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x):
+        if self.in_place:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * x.abs().mean(0))
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().abs().mean(0)
+        return self.linear(x) / self.mean
+
+
+class Deciding(nn.Module):
+    """Looks at its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * float(x.detach().sum().item() > 0)
+
+
+def inner_chain():
+    return revcore.ReversibleSequential(revcore.ReversibleBlock(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        (lambda: Averaging(in_place=True), "changes its buffer 'mean'"),
+        (lambda: Averaging(in_place=False), "changes its buffer 'mean'"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), "changes its buffer"),
+        (Deciding, "cannot be run without data"),
+        (inner_chain, "a chain inside of a branch"),
+    ],
+    ids=["in place", "rebound", "spectral norm", "data", "chain"],
+)
+def test_what_is_refused_is_left_to_the_eager_engine(branch, message):
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(branch())).double()
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with pytest.raises(Exception, match=message):
+        compiled(chain)(x.clone().requires_grad_())
+    torch.compiler.reset()
+    ours = gradients(compiled(chain, fullgraph=False), chain, x)
+    assert_same(ours, gradients(twin, twin, x))
+    assert_same(chain.state_dict(), twin.state_dict())
+
+
+def test_tensors_inside_of_arguments_are_refused():
+    class Conditioned(nn.Linear):
+        def forward(self, x, condition):
+            return super().forward(x) * condition[0]
+
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Conditioned(4, 4)))
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(Exception, match="none inside of lists"):
+        compiled(chain)(x, condition=[torch.ones(4)])
+
+
+class OwnForward(revcore.AdditiveCoupling):
+    def forward(self, *x, **kwargs):
+        return super().forward(*x, **kwargs)
+
+
+def test_a_coupling_with_a_forward_of_its_own_is_refused():
+    block = revcore.ReversibleBlock(nn.Linear(4, 4), coupling=OwnForward)
+    with pytest.raises(Exception, match="has a forward or inverse of its own"):
+        compiled(block)(torch.randn(3, 8, requires_grad=True))
+
+
+def test_transforms_inside_of_what_is_compiled_run_stored():
+    case = make_case("additive", "mlp")
+    plain = torch.func.jvp(case.plain, (case.x,), (case.x,))
+    found = compiled(lambda x: torch.func.jvp(case.chain, (x,), (x,)))(case.x)
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_exported_is_stored(strict):
+    case = make_case("additive", "mlp")
+    sizes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    exported = torch.export.export(
+        case.chain.eval(), (case.x,), dynamic_shapes={"x": sizes}, strict=strict
+    )
+    x = case.x[:3]
+    torch.testing.assert_close(exported.module()(x), case.plain(x))

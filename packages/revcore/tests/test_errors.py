@@ -184,3 +184,35 @@ def test_half_step_that_reads_what_it_changes():
     coupling = revcore.AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="target=1 and source=1"):
         revcore.HalfStep(coupling, coupling.f, 1, 1)
+
+
+def test_only_modules_are_recomputed():
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got builtin_function"):
+        revcore.recompute(torch.tanh, torch.zeros(2, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda chain: chain.__setitem__(0, nn.Linear(4, 4)),
+        lambda chain: chain.insert(0, nn.Linear(4, 4)),
+        lambda chain: chain.__add__([nn.Linear(4, 4)]),
+        lambda chain: chain.extend([nn.Linear(4, 4)]),
+    ],
+)
+def test_a_chain_takes_no_other_blocks_later(put):
+    chain = revcore.ReversibleSequential(block(), split_dim=-1)
+    with pytest.raises(TypeError, match="is a Linear, which cannot be reversed"):
+        put(chain)
+    assert len(chain) == 1
+    longer = (chain + chain).insert(0, block())
+    longer[1] = block()
+    assert type(longer) is revcore.ReversibleSequential
+    assert (len(longer), longer.split_dim, len(chain)) == (3, -1, 1)
+
+
+def test_lazy_buffers():
+    norm = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(affine=False))
+    lazy = revcore.ReversibleBlock(norm, nn.Linear(4, 4))
+    with pytest.raises(RuntimeError, match="has lazy parameters"):
+        lazy(torch.randn(3, 8, requires_grad=True))

@@ -209,3 +209,28 @@ def test_branches_run_the_same_graph_both_times(device):
         results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
     for ours, stored in zip(*results, strict=True):
         assert torch.equal(ours, stored)
+
+
+class Twice(nn.Module):
+    """Uses its weight twice, so that autocast may cast it once or twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.linear(x).tanh())
+
+
+def test_a_weight_that_is_cast_twice_has_the_same_bits_as_stored(device):
+    torch.manual_seed(0)
+    blocks = (revcore.ReversibleBlock(Twice(), coupling="fixed_point") for _ in range(3))
+    chain = revcore.ReversibleSequential(*blocks).to(device)
+    x = torch.randn(16, 8, device=device)
+    found = []
+    for reversing in (True, False):
+        revcore.set_reversing(chain, reversing).zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            chain(x).square().sum().backward()
+        found.append([p.grad.clone() for p in chain.parameters()])
+    assert all(map(torch.equal, *found))

@@ -234,3 +234,19 @@ def test_an_exception_in_forward_leaves_nothing_behind(device):
     twin = case.twin()
     ours = gradients(case.chain, case.chain, case.x)
     assert_same(ours, gradients(lambda x: case.plain(x, twin), twin, case.x))
+
+
+@pytest.mark.parametrize("scheme", ["additive", "affine-exp", "fixed-point"])
+def test_the_gradient_of_an_output_that_another_is_made_of(scheme, device):
+    case = make_case(scheme, "mlp", 3, device)
+    found = []
+    for reversing in (True, False):
+        chain = revcore.set_reversing(case.chain, reversing)
+        inner = []
+        with chain[1].register_forward_hook(lambda *a, inner=inner: inner.append(a[2][0])):
+            y1, y2 = chain(*case.x.clone().requires_grad_().chunk(2, 1))
+        wanted = [y1, *inner, *chain.parameters()]
+        y1.register_hook(lambda grad: grad / 2)
+        found.append(torch.autograd.grad(loss_of(y1) + loss_of(y2), wanted))
+    for ours, stored in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stored)

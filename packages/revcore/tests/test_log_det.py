@@ -1,6 +1,7 @@
 """The log-determinant of a chain: that of the Jacobian, differentiable, in constant memory."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -261,3 +262,54 @@ def test_the_check_looks_at_such_chains_too(device):
     with revcore.track_drift() as drift:
         chain(x)[0].sum().backward()
     assert drift.worst(chain).error < 1e-9
+
+
+class Conditional(Bend):
+    """Bends by what a condition says, in more precision than its input has, as autocast sums."""
+
+    def forward(self, x, condition):
+        return super().forward(x * condition)
+
+    def inverse(self, y, condition):
+        return super().inverse(y) / condition
+
+    def log_det(self, x, condition):
+        found = super().log_det(x.double() * condition)
+        return found + x[0].numel() * condition.double().log()[:, 0] + 1e5
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+def test_arguments_of_an_invertible_module(reversing, device):
+    chain = revcore.ReversibleSequential(Conditional(), Conditional(), log_det=True).to(device)
+    revcore.set_reversing(chain, reversing)
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    condition = torch.rand(5, 1, device=device).add(0.5).requires_grad_()
+    z, log_det = chain(x, condition=condition)
+    assert (z.dtype, log_det.dtype) == (torch.float32, torch.float64)
+    y, plain = x, 0.0
+    for block in chain:
+        plain = plain + block.log_det(y, condition)
+        y = block(y, condition)
+    torch.testing.assert_close((z, log_det), (y, plain))
+    wanted = [x, condition, *chain.parameters()]
+    ours = torch.autograd.grad(z.sum() + log_det.sum(), wanted)
+    theirs = torch.autograd.grad(y.sum() + plain.sum(), wanted)
+    torch.testing.assert_close(ours, theirs)
+    back, other = chain.inverse(z.detach(), condition=condition)
+    torch.testing.assert_close((back, other), (x, -log_det), rtol=1e-4, atol=1e-4)
+
+
+def test_a_log_determinant_that_is_constant(device):
+    def adapter(t):
+        return torch.full_like(t, 2.0), t
+
+    block = revcore.ReversibleBlock(
+        nn.Linear(4, 4), coupling=partial(revcore.AffineCoupling, adapter=adapter)
+    )
+    chain = revcore.ReversibleSequential(block, log_det=True).to(device)
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    found = []
+    for reversing in (True, False):
+        z, log_det = revcore.set_reversing(chain, reversing)(x)
+        found.append(torch.autograd.grad(z.square().sum() + log_det.sum(), x)[0])
+    torch.testing.assert_close(*found)

@@ -196,6 +196,23 @@ def test_any_invertible_module(fn, way, keep, disable):
         torch.testing.assert_close(ours, plain)
 
 
+def test_tensors_of_several_dtypes():
+    class Exchange(nn.Module):
+        def forward(self, a, b):
+            assert (a.dtype, b.dtype) == (torch.float32, torch.float64)
+            return a.double() + b, b.float()
+
+        def inverse(self, a, b):
+            return b, a - b.double()
+
+    x = torch.randn(3, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    y = memcnn.InvertibleModuleWrapper(Exchange())(*x)
+    plain = Exchange()(*x)
+    torch.testing.assert_close(y, plain)
+    found = (torch.autograd.grad(a.sin().sum() + b.cos().sum(), x) for a, b in (y, plain))
+    torch.testing.assert_close(*found)
+
+
 def test_a_kept_input_needs_no_inverse():
     class Broken(Scale):
         def inverse(self, y):

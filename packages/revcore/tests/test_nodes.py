@@ -81,10 +81,10 @@ def use_a_coupling_of_another_class(chain: nn.Sequential) -> None:
     [
         (leave, 3),  # eight blocks, three, and the last one by itself
         (keep_an_input, 3),  # four, seven, one
-        (hook, 4),  # four, one, six, one
-        (hook_backward, 4),
-        (replace_the_forward, 4),
-        (subclass, 4),
+        (hook, 5),  # four, one by half-steps, six, one
+        (hook_backward, 5),
+        (replace_the_forward, 5),
+        (subclass, 5),
         (use_couplings, 3),
         (use_a_coupling_of_another_class, 4),
     ],

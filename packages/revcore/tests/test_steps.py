@@ -1,6 +1,7 @@
 """Other steps than the two of a coupling: invertible modules, more streams, unequal ones."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -201,3 +202,80 @@ def test_a_loss_of_one_part_of_an_invertible_module(device):
             assert a.grad is None or not a.grad.any()
         else:
             torch.testing.assert_close(a.grad, b.grad)
+
+
+class Drawing(nn.Module):
+    """A coupling of somebody's own, whose inverse draws in another order than its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+        self.g = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        a = a + self.f(b)
+        return torch.cat((a, b + self.g(a)), 1)
+
+    def inverse(self, y):
+        a, b = y.chunk(2, 1)
+        b = b - self.g(a)
+        return torch.cat((a - self.f(b), b), 1)
+
+
+class Centering(nn.Module):
+    """Goes back by what it has measured on the way there."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.copy_(x.detach().mean(0))
+        return (x - self.mean) * self.scale
+
+    def inverse(self, y):
+        return y / self.scale + self.mean
+
+
+class ActNorm(nn.Module):
+    """Is initialized by what comes first, from either side (Glow, section 3.1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(8))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def _initialize(self, bias):
+        if not self.initialized:
+            self.bias.data.copy_(bias)
+            self.initialized.fill_(True)
+
+    def forward(self, x):
+        self._initialize(-x.detach().mean(0))
+        return x + self.bias
+
+    def inverse(self, y):
+        self._initialize(y.detach().mean(0))
+        return y - self.bias
+
+
+@pytest.mark.parametrize("module", [Drawing, Centering, ActNorm])
+def test_an_inverse_that_comes_to_its_state_in_another_order(module, device):
+    blocks = [revcore.ReversibleBlock(nn.Linear(4, 4)), module(), module()]
+    chain = revcore.ReversibleSequential(*blocks).to(device, torch.float64)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for step in range(2):
+        x = torch.randn(6, 8, dtype=torch.float64, device=device)
+        found = []
+        for net in (chain, twin):
+            torch.manual_seed(step)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found.append(gradients(net, net, x))
+            kept = ["keeps its input" in str(warning.message) for warning in caught]
+            assert any(kept) == (net is chain and (module is not ActNorm or step == 0))
+        assert_same(*found)
+        assert_same(chain.state_dict(), twin.state_dict())

@@ -111,7 +111,7 @@ def check_invertible(
     for name, block in runner.named_modules():
         if block not in inner and callable(getattr(block, "inverse", None)):
             block.register_forward_hook(partial(_note, calls, name), with_kwargs=True)
-    with torch.no_grad(), _fork(example):
+    with torch.no_grad(), _fork([*example, *kwargs.values()]):
         runner(*example, **kwargs)
         if not calls:
             raise ValueError(f"{type(module).__name__} called nothing that has a method inverse")
@@ -119,15 +119,21 @@ def check_invertible(
         return InvertibilityReport(tuple(blocks))
 
 
-def _note(calls: list[Call], name: str, _: Any, x: Streams, kwargs: Any, __: Any) -> None:
+def _note(calls: list[Call], name: str, _: Any, x: tuple[Any, ...], kwargs: Any, __: Any) -> None:
     # A copy, because the network may go on to change its tensors in place.
-    calls.append((name, tuple(stream.clone() for stream in x), kwargs))
+    copies = (each.clone() if isinstance(each, Tensor) else each for each in x)
+    calls.append((name, tuple(copies), kwargs))
 
 
 def _check(
     module: nn.Module, name: str, x: Streams, kwargs: dict[str, Any], tolerance: float | None
 ) -> BlockCheck:
     block = duplicate(module.get_submodule(name))
+    kind = type(block).__name__
+    if not x or not all(map(_is_stream, x)):
+        given = ", ".join(str(getattr(each, "dtype", type(each).__name__)) for each in x)
+        why = f"cannot be checked: called with {given or 'nothing'}, not with streams alone"
+        return BlockCheck(name or kind, kind, math.nan, math.nan, math.nan, why)
     for part in block.modules():
         if isinstance(part, ReversibleSequential):
             part.log_det = False  # so that it returns what its inverse takes
@@ -137,7 +143,6 @@ def _check(
         problem = _find_problem(block, x, kwargs, limit, errors)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
-    kind = type(block).__name__
     return BlockCheck(name or kind, kind, **errors, tolerance=limit, problem=problem)
 
 
@@ -200,10 +205,14 @@ def duplicate(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(value): value.detach() for value in results})
 
 
-def _fork(x: Streams) -> AbstractContextManager[None]:
-    kind = x[0].device.type
-    devices = [] if kind == "cpu" else [x[0].device]
-    return torch.random.fork_rng(devices, device_type=kind)
+def _is_stream(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _fork(x: Sequence[Any]) -> AbstractContextManager[None]:
+    device = next((each.device for each in x if isinstance(each, Tensor)), torch.device("cpu"))
+    devices = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(devices, device_type=device.type)
 
 
 def several(y: Any) -> Streams:

@@ -25,10 +25,13 @@ from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.step import Pullback, Step
 from revcore.streams import Streams
 
-RANDOM = (
-    "random numbers in a branch cannot be repeated in a compiled chain. Compile without dropout, "
-    "compile the branches instead of the chain (branch.compile()), or store the activations: "
+WAYS = (
+    "Compile the branches instead of the chain (branch.compile()), or store the activations: "
     "revcore.set_reversing(model, False)."
+)
+RANDOM = (
+    "random numbers in a branch cannot be repeated in a compiled chain. Compile without dropout. "
+    + WAYS
 )
 
 
@@ -86,11 +89,21 @@ def run_compiled(
         branches.append(_Branch(step, list(named), _repeated_buffers(step.branch)))
         leaves += named.values()
     names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-    arguments = [kwargs[name] for name in names]
+    # Such as a mask. They come first, so that the others can be differentiated with the parameters.
+    fixed = [name for name in names if not _takes_gradients(kwargs[name])]
+    names = [*fixed, *(name for name in names if name not in fixed)]
+    tensors = [*streams, *(kwargs[name] for name in names), *leaves]
+    # Views, because a tensor that came twice would get the gradient of one place alone.
     outputs: Streams = _ChainNode.apply(
-        (branches, set(kept), dict(kwargs), names), len(streams), *streams, *arguments, *leaves
+        (branches, set(kept), dict(kwargs), names, len(fixed)),
+        len(streams),
+        *[tensor.view_as(tensor) for tensor in tensors],
     )
     return outputs
+
+
+def _takes_gradients(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _forward(
@@ -113,7 +126,7 @@ class _ChainNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Any, count: int, *tensors: Tensor) -> Streams:
-        branches, kept, kwargs, names = plan
+        branches, kept, kwargs, names, _ = plan
         ctx.plan, ctx.count = plan, count
         ctx.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -134,13 +147,15 @@ class _ChainNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        branches, kept, kwargs, names = ctx.plan
+        branches, kept, kwargs, names, fixed = ctx.plan
         count, (anchored, buffered) = ctx.count, ctx.sizes
         saved = list(ctx.saved_tensors)
         streams, anchors = saved[:count], saved[count : count + anchored]
         rest = saved[count + anchored :]
         buffers, arguments = rest[:buffered], rest[buffered : buffered + len(names)]
         leaves = rest[buffered + len(names) :]
+        kwargs = {**kwargs, **dict(zip(names[:fixed], arguments[:fixed], strict=True))}
+        names, arguments = names[fixed:], arguments[fixed:]
         stream_grads = list(grads)
         leaf_grads: list[Tensor] = []
         argument_grads = [torch.zeros_like(argument) for argument in arguments]
@@ -166,7 +181,7 @@ class _ChainNode(torch.autograd.Function):
             extra, own_grads = gradients[: len(names)], gradients[len(names) :]
             argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
             leaf_grads = [*own_grads, *leaf_grads]
-        return (None, None, *stream_grads, *argument_grads, *leaf_grads)
+        return (None, None, *stream_grads, *[None] * fixed, *argument_grads, *leaf_grads)
 
 
 class _Function:
@@ -249,8 +264,8 @@ def find_fault(
         constants: The other arguments.
 
     Returns:
-        What is wrong: a branch draws random numbers, or a tensor would get no gradient. Else
-        nothing.
+        What is wrong: a branch draws random numbers, changes buffers or needs data to run, or a
+        tensor would get no gradient. Else nothing.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), RefuseRandomness(RANDOM):
         tensors = [
@@ -263,7 +278,7 @@ def find_fault(
         known = [parameter for step in steps for parameter in step.branch.parameters()]
         try:
             for step in steps:
-                step.apply(_Function(step, kwargs=kwargs), streams)
+                step.apply(_Probe(step, kwargs=kwargs), streams)
             for stream in streams:
                 if stream.requires_grad:
                     refuse_foreign_leaves(stream, known, "a branch or a coupling")
@@ -271,7 +286,29 @@ def find_fault(
             return RANDOM
         except ForeignLeafError as error:
             return str(error)
+        except Exception as error:  # noqa: BLE001 - of the user's code
+            return f"a branch cannot be run without data: {type(error).__name__}: {error}. {WAYS}"
     return ""
+
+
+class _Probe(_Function):
+    """Raises if a run changes a buffer: the copies of a graph may be made after the change."""
+
+    def under_autocast(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        branch = self.step.branch
+        before = {name: branch.get_buffer(name) for name in _repeated_buffers(branch)}
+        versions = [buffer._version for buffer in before.values()]
+        result = super().under_autocast(function, *args, **kwargs)
+        now = dict(branch.named_buffers())
+        for (name, buffer), version in zip(before.items(), versions, strict=True):
+            counts = name.endswith("num_batches_tracked")  # which no normalization reads
+            if not counts and (now.get(name) is not buffer or buffer._version != version):
+                kind = type(branch).__name__
+                raise ForeignLeafError(
+                    f"branch {kind} changes its buffer {name!r}, which a compiled chain cannot "
+                    f"repeat. {WAYS}"
+                )
+        return result
 
 
 def _repeated_buffers(branch: nn.Module) -> list[str]:

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from revcore.autocast import no_autocast_cache
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, Seen, run_branch
@@ -38,6 +42,7 @@ class _Call:
         watch: Keeps the call on its grid.
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
+        apart: Whether somebody gets the streams one by one.
         measures: Whether the steps give their log-determinants.
         log_dets: Those that they have given.
     """
@@ -47,6 +52,7 @@ class _Call:
     ) -> None:
         self.groups = Groups() if groups is None else groups
         self.branches = 0
+        self.apart = False
         self.measures = measures
         self.log_dets: list[Tensor] = []
         self.watch = GridWatch()
@@ -61,9 +67,9 @@ class _Call:
         tip, counts = self.tip
         if versions(streams) != counts or not all(map(_same_data, streams, tip)):
             raise RuntimeError(
-                "the streams between two blocks of a reversible chain were changed, by a hook or by"
-                " an in-place operation, so the chain cannot be reversed. Make the change a block "
-                "of its own, or split the chain there."
+                "the streams between two blocks of a reversible chain were changed, by a hook, by "
+                "an in-place operation or by a coupling's own forward, so the chain cannot be "
+                "reversed. Make the change a block of its own, or split the chain there."
             )
 
 
@@ -90,10 +96,15 @@ class _StepsNode(torch.autograd.Function):
         ctx.visit = tape, range(first, len(tape.records)), count, changed
         _thread.call = None
         try:
-            for step, replay in records:
+            for index, (step, replay) in enumerate(records, first):
+                before = tuple(streams[:count])
                 if tape.drift is not None:
-                    tape.truth.append(tuple(x.detach() for x in streams[:count]))
+                    tape.truth.append(tuple(x.detach() for x in before))
                 call.watch.apply(step, replay.first_run, streams)
+                if not step.repeats and replay.moved and index not in tape.anchors:
+                    tape.keep_before(index, before)
+                    _warn_of_a_kept_input(step)
+                del before  # or the first one is alive until the last
         finally:
             _thread.call = call
         return (*[streams[index] for index in changed], *streams[count:])
@@ -116,6 +127,9 @@ class _StepsNode(torch.autograd.Function):
         return (None, *every, *found)
 
 
+_Records = list[tuple[Step, Replay]]
+
+
 class _Plan(NamedTuple):
     """What a node does.
 
@@ -130,8 +144,17 @@ class _Plan(NamedTuple):
     call: _Call
     tape: Tape
     streams: list[Tensor]
-    records: list[tuple[Step, Replay]]
+    records: _Records
     changed: list[int]
+
+
+def _warn_of_a_kept_input(step: Step) -> None:
+    warnings.warn(
+        f"{type(step.branch).__name__} draws random numbers or changes buffers, to which its "
+        "inverse may come in another order, so a reversible chain keeps its input: memory for "
+        "each such call. A Coupling, whose branches run as before, needs none.",
+        stacklevel=2,
+    )
 
 
 def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
@@ -183,8 +206,7 @@ def _run_reversed(
     kwargs: Mapping[str, Any],
 ) -> None:
     """Runs steps as a node, from the first that needs a gradient."""
-    records: list[tuple[Step, Replay]] = []
-    changed: list[int] = []
+    records: _Records = []
     needs = [stream.requires_grad for stream in streams]
     group = call.groups.get(call.branches, [step.branch for step in steps])
     call.branches += len(steps)
@@ -192,15 +214,11 @@ def _run_reversed(
     for step, survey in zip(steps, group.surveys, strict=True):
         replay = Replay(step, survey, seen, kwargs)
         replay.needs_x = True in map(needs.__getitem__, step.inputs)
-        for index in step.writes:
-            if replay.needs_x or replay.leaves:
+        if replay.needs_x or replay.leaves:
+            for index in step.writes:
                 needs[index] = True
-            if index not in changed:
-                changed.append(index)
         if tape.records or True in needs:
             records.append((step, replay))
-        else:
-            changed.clear()
     if len(records) < len(steps):
         # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it; an
         # input that was kept there is not that of the first step on the tape.
@@ -209,8 +227,32 @@ def _run_reversed(
         _run_each(_run_frozen, call, steps[: len(steps) - len(records)], streams, kwargs)
         call.log_dets += streams[count:]
         del streams[count:]
-    if not records:
-        return
+    count = len(streams)
+    log_dets: list[Tensor] = []
+    for part in _cut(records) if call.apart else [records] if records else []:
+        _run_node(call, tape, part, streams)
+        log_dets += streams[count:]
+        del streams[count:]
+    streams += log_dets
+
+
+def _cut(records: _Records) -> list[_Records]:
+    """Cuts before steps that read what one before them has written last.
+
+    Whoever gets the streams one by one may ask for the gradient of one that another is made of.
+    """
+    cuts, written, read = [len(records)], set[int](), set[int]()
+    for index, (step, _) in reversed(list(enumerate(records))):
+        if not read.isdisjoint(set(step.writes) - written):
+            cuts.append(index + 1)
+            read.clear()
+        written.update(step.writes)
+        read.update(step.inputs)
+    return [records[a:b] for a, b in pairwise([0, *reversed(cuts)]) if a < b]
+
+
+def _run_node(call: _Call, tape: Tape, records: _Records, streams: list[Tensor]) -> None:
+    changed = list(dict.fromkeys(index for step, _ in records for index in step.writes))
     # Gradients are found from the last step to the first, and one that several steps share adds up
     # in that order, as it does where activations are stored.
     leaves = [leaf for _, replay in reversed(records) for leaf in replay.leaves]
@@ -242,8 +284,10 @@ def _run_frozen(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
 
 def _run_stored(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
     # The view gathers the branch's gradients of x before they meet the stream's own, as the node
-    # does, so that both modes add up in the same order.
-    return _run_alone(step, kwargs, x.view_as(x))
+    # does, so that both modes add up in the same order. So do the gradients of a weight that is
+    # used twice if it is cast twice, as in a reversing call.
+    with nullcontext() if step.grid is None else no_autocast_cache():
+        return _run_alone(step, kwargs, x.view_as(x))
 
 
 def _run_alone(step: Step, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
@@ -296,7 +340,7 @@ def reverse(
     """
     joined = _thread.call is not None
     if joined and len(x) > 1:
-        return body(*x, **kwargs)
+        return _run_apart(body, x, kwargs)
     split_dim = container.split_dim
     streams = split(x, split_dim, container.streams)
     if joined:
@@ -305,6 +349,16 @@ def reverse(
     # Dynamo takes seconds to import, which is torch's matter if it compiles and never ours.
     alone = _reverse_untraced if "torch._dynamo" in sys.modules else _reverse_alone
     return alone(container, body, x, streams, kwargs)
+
+
+def _run_apart(body: Callable[..., Streams], x: Streams, kwargs: Mapping[str, Any]) -> Streams:
+    """Runs a block of a chain that is called as a module is, whose hooks see its streams."""
+    call: Any = _thread.call
+    apart, call.apart = call.apart, True
+    try:
+        return body(*x, **kwargs)
+    finally:
+        call.apart = apart
 
 
 def _reverse_alone(
@@ -319,6 +373,7 @@ def _reverse_alone(
     # Not by setattr, which takes longer for a module.
     groups = Groups(vars(container).get("_groups"))
     call = _thread.call = _Call(tape, groups, measures=container.log_det)
+    call.apart = len(x) > 1
     try:
         call.expect(streams)
         outputs = body(*streams, **kwargs)
@@ -351,10 +406,11 @@ def keep(streams: Streams) -> None:
 
 def can_reverse() -> bool:
     """Tells whether nodes of our own can be recorded."""
-    # Without grad mode nothing is stored anyway. Transforms of torch.func and forward-mode
-    # derivatives cannot see through an autograd.Function with a tape.
+    # Without grad mode nothing is stored anyway. torch.jit.trace, transforms of torch.func and
+    # forward-mode derivatives cannot see through an autograd.Function with a tape.
     return (
         torch.is_grad_enabled()
+        and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
     )

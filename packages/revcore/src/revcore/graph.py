@@ -75,13 +75,17 @@ def _warn_of_side_results(branch: nn.Module) -> None:
             # A weight that is computed from a weight_orig or weight_g beside it is none.
             names = [key for key, _ in module.named_parameters(recurse=False)]
             if not any(key.startswith(f"{attribute}_") for key in names):
-                where = f"{name}.{attribute}" if name else attribute
-                warnings.warn(
-                    f"branch {type(branch).__name__} leaves a result in its attribute {where!r}. A "
-                    "loss of it has no gradient: compute it from the chain's outputs, or store the "
-                    "activations, revcore.set_reversing(model, False).",
-                    stacklevel=2,
-                )
+                warn_of_a_result(branch, f"{name}.{attribute}" if name else attribute)
+
+
+def warn_of_a_result(branch: nn.Module, where: str) -> None:
+    """Warns of a tensor that a branch has left somewhere."""
+    warnings.warn(
+        f"branch {type(branch).__name__} leaves a result in its attribute {where!r}. A loss of it "
+        "has no gradient: compute it from the chain's outputs, or store the activations, "
+        "revcore.set_reversing(model, False).",
+        stacklevel=2,
+    )
 
 
 class ForeignLeafError(RuntimeError):

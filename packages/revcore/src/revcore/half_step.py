@@ -52,7 +52,7 @@ class Scheme(ABC):
         known = {"combine": ("combine_vjp", "log_det"), "uncombine": ("uncombine_vjp",)}
         for name, others in known.items():
             for other in others:
-                if name in vars(cls) and other not in vars(cls):
+                if _first(cls, name) < _first(cls, other):
                     setattr(cls, other, getattr(Scheme, other))
 
     @abstractmethod
@@ -89,6 +89,11 @@ class Scheme(ABC):
         return _vjp(self.uncombine, a, t, grad)  # type: ignore[return-value]
 
 
+def _first(cls: type, name: str) -> int:
+    """Returns which of a class and its ancestors, in Python's order, defines a method."""
+    return next(number for number, kind in enumerate(cls.__mro__) if name in vars(kind))
+
+
 def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Sequence[Tensor]:
     if torch.compiler.is_compiling():
         grads: Sequence[Tensor] = torch.func.vjp(function, a, t)[1](grad)
@@ -99,10 +104,13 @@ def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Seque
         results = function(a, t)
         owner = getattr(function, "__self__", function)
         owner = type(getattr(owner, "scheme", owner)).__name__
-        for result in results if isinstance(results, tuple) else (results,):
-            if result.requires_grad:
-                refuse_foreign_leaves(result, (a, t), f"the coupling ({owner})")
-        return torch.autograd.grad(results, (a, t), grad, materialize_grads=True)
+        pairs = zip(results, grad, strict=True) if isinstance(results, tuple) else [(results, grad)]
+        # A log-determinant may be a constant.
+        pairs = [(result, grad) for result, grad in pairs if result.requires_grad]
+        for result, _ in pairs:
+            refuse_foreign_leaves(result, (a, t), f"the coupling ({owner})")
+        found, seeds = zip(*pairs, strict=True)
+        return torch.autograd.grad(found, (a, t), seeds, materialize_grads=True)
 
 
 class HalfStep(Step):

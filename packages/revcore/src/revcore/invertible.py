@@ -20,6 +20,9 @@ class InvertibleStep(Step):
     proportions. Undoing it and differentiating it are two runs, so it costs 5/3 of a step that
     stores its activations, where a half-step costs 4/3.
 
+    Its inverse may come to random numbers and to buffers in another order than the forward pass
+    did, so where that has drawn numbers or changed buffers the engine keeps its input.
+
     Args:
         module: Has `inverse(y)`, which gives `x` for `y = module(x)`.
         count: The number of streams.
@@ -28,6 +31,7 @@ class InvertibleStep(Step):
     """
 
     measures = False
+    repeats = False
 
     def __init__(
         self, module: nn.Module, count: int, split_dim: int, *, inverted: bool = False
@@ -54,19 +58,23 @@ class InvertibleStep(Step):
         step.measures, step.call = True, step._measure
         return step
 
-    def _measure(self, x: Tensor) -> Tensor:
+    def _measure(self, x: Tensor, **kwargs: Any) -> Tensor:
         if self.inverted:
-            y = self.branch.inverse(x)
-            return self._pack(y, -self.branch.log_det(y))
-        return self._pack(self.branch(x), self.branch.log_det(x))
+            y = self.branch.inverse(x, **kwargs)
+            return self._pack(y, -self.branch.log_det(y, **kwargs))
+        return self._pack(self.branch(x, **kwargs), self.branch.log_det(x, **kwargs))
 
     def _pack(self, x: Tensor, log_det: Tensor) -> Tensor:
-        """Joins them, or their gradients, as if the log-determinant were one channel more."""
+        """Joins them, or their gradients, as if the log-determinant were one channel more.
+
+        In the precision of the better one: autocast has a sum in float32 beside streams in less.
+        """
         shape = list(x.shape)
         shape[self.split_dim] = 1
-        log_det = log_det.to(x.dtype).expand(len(x))[:, None]
-        channel = nn.functional.pad(log_det, (0, math.prod(shape[1:]) - 1))
-        return torch.cat((x, channel.view(shape)), self.split_dim)
+        log_det = log_det.expand(len(x))[:, None]
+        channel = nn.functional.pad(log_det, (0, math.prod(shape[1:]) - 1)).view(shape)
+        dtype = torch.promote_types(x.dtype, log_det.dtype)
+        return torch.cat((x.to(dtype), channel.to(dtype)), self.split_dim)
 
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
         # Behind the streams are log-determinants of other steps.
@@ -74,6 +82,7 @@ class InvertibleStep(Step):
         x = run(self._join(streams[:count]))
         if self.measures:
             x, channel = x.split((x.shape[dim] - 1, 1), dim)
+            x = x.to(streams[0].dtype)
             streams.append(channel.flatten(1)[:, 0].clone())
         streams[:count] = self._split(x, streams[:count])
 

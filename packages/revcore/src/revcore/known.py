@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 M = TypeVar("M", bound=type[nn.Module])
 
@@ -57,7 +57,18 @@ def self_contained(module: M) -> M:
 
 def are_self_contained(modules: Sequence[nn.Module]) -> bool:
     """Tells whether these modules are known to use nothing from elsewhere."""
-    return all(type(module) in _CONTAINED and not _is_changed(module) for module in modules)
+    return all(
+        type(module) in _CONTAINED
+        and not _is_changed(module)
+        # Such as a weight that another net has made.
+        and not any(isinstance(value, Tensor) for value in module.__dict__.values())
+        for module in modules
+    )
+
+
+def is_declared(module: nn.Module) -> bool:
+    """Tells whether the class of a module is known to use nothing from elsewhere."""
+    return type(module) in _CONTAINED
 
 
 def is_plain(module: nn.Module) -> bool:

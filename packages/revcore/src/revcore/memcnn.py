@@ -231,11 +231,11 @@ class _Packed(nn.Module):
         super().__init__()
         self.fn = fn
         self.ways = (fn.inverse, fn) if inverted else (fn, fn.inverse)
-        self.before = [tensor.shape for tensor in x]
+        self.before = [(tensor.shape, tensor.dtype) for tensor in x]
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         y = several(self.ways[0](*_unpack(x, self.before), **kwargs))
-        self.after = [tensor.shape for tensor in y]
+        self.after = [(tensor.shape, tensor.dtype) for tensor in y]
         return _pack(y)
 
     def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
@@ -246,11 +246,12 @@ def _pack(x: Streams) -> Tensor:
     return x[0] if len(x) == 1 else torch.cat([tensor.flatten() for tensor in x])
 
 
-def _unpack(x: Tensor, shapes: Sequence[Size]) -> Streams:
-    if len(shapes) == 1:
+def _unpack(x: Tensor, kinds: Sequence[tuple[Size, torch.dtype]]) -> Streams:
+    if len(kinds) == 1:
         return (x,)
-    parts = x.split([shape.numel() for shape in shapes])
-    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    parts = x.split([shape.numel() for shape, _ in kinds])
+    # Joined, they had the best precision of all.
+    return tuple(p.view(shape).to(dtype) for p, (shape, dtype) in zip(parts, kinds, strict=True))
 
 
 class ReversibleBlock(InvertibleModuleWrapper):

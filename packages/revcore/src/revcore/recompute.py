@@ -74,7 +74,7 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         What the module returns.
 
     Raises:
-        TypeError: If the module does not return one tensor.
+        TypeError: If `module` is no module, or does not return one tensor.
         RuntimeError: If the module changes its input in place; in the backward pass, if the input
             or a parameter has been changed, or for a second derivative.
 
@@ -83,6 +83,11 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         >>> recompute(layer, torch.zeros(3, 2)).shape
         torch.Size([3, 4])
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be an nn.Module, got {type(module).__name__}; make the function or "
+            "method the forward of a module"
+        )
     if not torch.compiler.is_compiling() and can_reverse():
         group = Group([module])
         replay = Replay(_Part(module, module), group.surveys[0], Seen(group, kwargs), kwargs)

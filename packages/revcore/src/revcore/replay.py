@@ -12,7 +12,7 @@ looked at quickly (`revcore.survey`) and only what is not is put back piece by p
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 
+from revcore.arguments import Arguments, as_they_are, exchange, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
-from revcore.graph import differentiate
-from revcore.known import BATCH_NORMS
+from revcore.buffers import Buffers, get
+from revcore.graph import differentiate, warn_of_a_result
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
 from revcore.remember import Memory, thread
 from revcore.step import Pullback
-from revcore.survey import Group, Survey, Table, needs_of
-from revcore.versions import changed, contents, version
+from revcore.survey import ABSENT, Change, Group, Survey, Table, needs_of
+from revcore.versions import changed, contents
 
 # Random generators, buffers and training flags belong to the process or to the module, not to a
 # call, so only one thread at a time may run a branch for the first time or repeat it.
@@ -46,12 +47,9 @@ _OTHER_DRAWS = (
     "call. Draw in that thread from a torch.Generator of its own."
 )
 
-_Undo = list[tuple[Table, str, Any]]
-_Buffer = tuple[nn.Module, Table, str, Tensor, int]
+_Undo = list[Change]
 _hooks = attrgetter("_backward_hooks")
 _NOTHING: Mapping[int, Tensor] = {}
-# Bytes of a buffer that is a constant rather, such as a table of positions.
-_LARGE = 2**20
 _AS_IT_IS = nullcontext()
 
 
@@ -79,7 +77,7 @@ class Seen:
 
     same: bool | None = None
 
-    def __init__(self, group: Group, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, group: Group, kwargs: Arguments) -> None:
         self._group = group
         self._kwargs = kwargs
         self._tensors = group.tensors
@@ -110,14 +108,10 @@ class Seen:
             for name, value in module._parameters.items():
                 if value is tensor:
                     return f"parameter {name!r} of {type(module).__name__}"
-        names = [name for name, value in self._kwargs.items() if value is tensor]
+        items = self._kwargs.items()
+        names = [n for n, v in items if any(t is tensor for t in tensors_of({n: v}))]
         branches = {type(branch).__name__ for branch in self._group.branches}
         return f"argument {names[0]!r}" if names else f"a tensor of {' or '.join(sorted(branches))}"
-
-
-def tensors_of(kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Lists the tensors among arguments."""
-    return [value for value in kwargs.values() if isinstance(value, Tensor)]
 
 
 class Replay(Memory):
@@ -131,6 +125,7 @@ class Replay(Memory):
 
     Attributes:
         seen: See above.
+        buffers: How the first run found those that the second must find so, too.
         leaves: The tensors beside the input that the branch must give a gradient.
         needs_x: Whether the branch must give its input one.
     """
@@ -138,10 +133,9 @@ class Replay(Memory):
     needs_x = False
     _autocast: Autocast = ()
     _before = _after = NO_STATES
-    _buffers: Sequence[_Buffer] = ()
-    _copies: Sequence[tuple[Table, str, Tensor]] = ()
+    buffers: Buffers | None = None
 
-    def __init__(self, step: Runs, survey: Survey, seen: Seen, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, step: Runs, survey: Survey, seen: Seen, kwargs: Arguments) -> None:
         self._step = step
         self._survey = survey
         self.seen = seen
@@ -161,11 +155,18 @@ class Replay(Memory):
             TypeError: If the branch returns anything but a tensor.
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
+        # The branch gets the very objects that it was called with, and may leave something there.
+        kwargs = as_they_are(self._kwargs) if self._kwargs else self._kwargs
+        t = self._first_run(x)
+        self._kwargs = kwargs
+        return t
+
+    def _first_run(self, x: Tensor) -> Tensor:
         step, survey = self._step, self._survey
         if not survey.known:
             # A stand-in, because a hook that a branch sets on its input belongs to the repetition.
             x = x.detach()
-        self._stride = x.stride()
+        self._stride, self._dtype = x.stride(), x.dtype
         if torch._C._is_any_autocast_enabled():
             self._autocast = autocast_now(x.device.type)
         elif survey.simple and step.grid is None:
@@ -177,7 +178,10 @@ class Replay(Memory):
             )
         with _LOCK, no_autocast_cache() if self._autocast else _AS_IT_IS:
             if survey.buffered:
-                return self._run_from_copies(x)
+                self.buffers = Buffers(survey.buffered)
+                t = self._draw(x)
+                self.buffers.close()
+                return t
             return self._draw(x)
 
     def _draw(self, x: Tensor) -> Tensor:
@@ -192,24 +196,11 @@ class Replay(Memory):
         self._after = get_states(x)
         return t
 
-    def _run_from_copies(self, x: Tensor) -> Tensor:
-        """Runs the branch, and keeps a copy of the buffers that it has changed."""
-        buffers: list[_Buffer] = [
-            (module, module._buffers, name, value, version(value))
-            for module in self._survey.buffered
-            for name, value in module._buffers.items()
-            if value is not None
-        ]
-        copies = [buffer[3].clone() for buffer in buffers]
-        t = self._draw(x)
-        moved = [b[1].get(b[2]) is not b[3] or version(b[3]) != b[4] for b in buffers]
-        self._buffers = [b for b, m in zip(buffers, moved, strict=True) if not m]
-        self._copies = [
-            (b[1], b[2], copy)
-            for b, copy, m in zip(buffers, copies, moved, strict=True)
-            if m or _may_move_unseen(b[0], copy)
-        ]
-        return t
+    @property
+    def moved(self) -> bool:
+        """Whether the first run has drawn random numbers, or changed buffers."""
+        drawn = any(a is not b for a, b in zip(self._before, self._after, strict=False))
+        return drawn or (self.buffers is not None and bool(self.buffers.moved))
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
         """Runs the branch again as it ran before, without gradients, leaving no trace.
@@ -276,10 +267,10 @@ class Replay(Memory):
             return function(*arguments)
 
     def _lay_out(self, x: Tensor) -> Tensor:
-        """Copies `x` to the strides that the branch saw first; other strides, other bits."""
-        if x.stride() == self._stride:
+        """Copies `x` to the strides and dtype that the branch saw first; others give other bits."""
+        if x.stride() == self._stride and x.dtype == self._dtype:
             return x
-        like = torch.empty_strided(x.shape, self._stride, dtype=x.dtype, device=x.device)
+        like = torch.empty_strided(x.shape, self._stride, dtype=self._dtype, device=x.device)
         return like.copy_(x)
 
     def _without_gradients(self, run: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -294,20 +285,18 @@ class Replay(Memory):
         self,
         call: Callable[..., Tensor],
         x: Tensor,
-        kwargs: Mapping[str, Any],
+        kwargs: Arguments,
         memory: Memory | None,
         aliases: Mapping[int, Tensor] = _NOTHING,
     ) -> Tensor:
         self.again = True
         same = self.seen.look() if self.seen.same is None else self.seen.same
-        if self._buffers:
-            self._refuse_changes()
-        usual = same and not (aliases or self._buffers or self._copies)
+        usual = same and not (aliases or self.buffers)
         cast = self._autocast or torch._C._is_any_autocast_enabled()
         if usual and not self._survey.norms and not self._before and not cast:
             return run_branch(call, x, kwargs, memory)
-        if aliases:
-            kwargs = {name: aliases.get(id(value), value) for name, value in kwargs.items()}
+        if kwargs:
+            kwargs = exchange(kwargs, aliases)
         run = partial(run_branch, call, x, kwargs, memory)
         if self._before:
             run = partial(draw_again, self._before, self._after, run, _OTHER_DRAWS)
@@ -318,68 +307,56 @@ class Replay(Memory):
                     _swap(module.__dict__, "track_running_stats", False, undo)
                 if not usual:
                     self._put_back(aliases, undo)
-                return run()
+                t = run()
+                for module, name, _ in self.buffers.moved if self.buffers else ():
+                    if getattr(get(module._buffers, name), "grad_fn", None) is not None:
+                        warn_of_a_result(self._step.branch, name)
+                return t
             finally:
                 _take_back(undo)
 
-    def _refuse_changes(self) -> None:
-        """Raises if a buffer was changed in place."""
-        for module, _, name, value, count in self._buffers:
-            if version(value) != count:
-                raise changed(f"buffer {name!r} of {type(module).__name__}")
-
     def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
         """Makes the branch's modules what they were; `undo` gets what they are now."""
-        if any(isinstance(module, torch.jit.ScriptModule) for module in self._survey.modules):
+        wanted = self._survey.find_changes()
+        for own, table, found in self._survey.tables:
+            for name, value in found.items():
+                value = aliases.get(id(value), value)  # noqa: PLW2901
+                if get(table, name) is not value:
+                    wanted.append((table, name, value))
+                if name in own:  # pruned since, say
+                    wanted.append((own, name, ABSENT))
+        wanted += self.buffers.find_changes() if self.buffers else []
+        modules = self._survey.modules
+        if wanted and any(isinstance(module, torch.jit.ScriptModule) for module in modules):
             raise RuntimeError(
                 f"branch {type(self._step.branch).__name__} has a ScriptModule, in which nothing "
                 "can be put back as it was in the forward pass: leave its flags, hooks and "
                 "parameters as they are until backward() is done, and its buffers, or store the "
                 "activations, revcore.set_reversing(model, False)."
             )
-        for module, flag in self._survey.flags:
-            if module.training is not flag:
-                _swap(module.__dict__, "training", flag, undo)
-        for table, found in self._survey.tables:
-            for name, value in found.items():
-                wanted = aliases.get(id(value), value)
-                if table.get(name) is not wanted:
-                    _swap(table, name, wanted, undo)
-        for _, table, name, value, _ in self._buffers:
-            if table.get(name) is not value:
-                _swap(table, name, value, undo)
-        for table, name, copy in self._copies:
-            # A clone, because a graph that is retained may be run backward again.
-            _swap(table, name, copy.clone(), undo)
-
-
-def _may_move_unseen(module: nn.Module, buffer: Tensor) -> bool:
-    """Tells whether to take a buffer for changed: some changes are not counted.
-
-    Neither `F.batch_norm` counts those of running statistics, nor does anybody those of `.data`.
-    """
-    known = type(module) in BATCH_NORMS  # in evaluation, which changes nothing
-    return not known and buffer.is_floating_point() and buffer.nbytes <= _LARGE
-
-
-_ABSENT = object()
+        for entry in wanted:
+            _swap(*entry, undo)
 
 
 def _swap(table: Table, name: str, value: Any, undo: _Undo) -> None:
-    undo.append((table, name, table.get(name, _ABSENT)))
-    table[name] = value
+    undo.append((table, name, table.get(name, ABSENT)))
+    _put(table, name, value)
 
 
 def _take_back(undo: _Undo) -> None:
-    for table, name, value in reversed(undo):
-        if value is _ABSENT:
-            table.pop(name, None)
-        else:
-            table[name] = value
+    for entry in reversed(undo):
+        _put(*entry)
+
+
+def _put(table: Table, name: str, value: Any) -> None:
+    if value is ABSENT:
+        table.pop(name, None)
+    else:
+        table[name] = value
 
 
 def run_branch(
-    call: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any], memory: Memory | None = None
+    call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory | None = None
 ) -> Tensor:
     """Calls a branch, and refuses one whose result could not be reversed.
 

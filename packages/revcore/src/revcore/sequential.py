@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -14,14 +14,14 @@ from torch.nn.parameter import is_lazy
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
-from revcore.compiled import find_fault, run_compiled
+from revcore.arguments import tensors_of
+from revcore.compiled import WAYS, find_fault, run_compiled
 from revcore.coupling import Coupling
 from revcore.engine import keep, reverse, run
 from revcore.fixed_point import FixedPointCoupling
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.invertible import InvertibleStep
 from revcore.known import is_known
-from revcore.replay import tensors_of
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 
@@ -39,6 +39,13 @@ def _constant(method: F) -> F:
     """Does what torch._dynamo.assume_constant_result does, without its import, of seconds."""
     method._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return method
+
+
+@_constant
+def _can_reverse_compiled() -> bool:
+    """Tells whether a node of our own can be traced: not for export, nor inside of a transform."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)()
+    return not exporting and torch._C._functorch.peek_interpreter_stack() is None
 
 
 class _Reversible(nn.Module):
@@ -108,7 +115,15 @@ class _Reversible(nn.Module):
     ) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
         steps, kept = self._plan(len(streams), inverted=inverted)
-        if self.reversing and torch.is_grad_enabled() and not self._is_known():
+        reversing = self.reversing and torch.is_grad_enabled() and _can_reverse_compiled()
+        if reversing and len(tensors_of(kwargs)) > sum(
+            isinstance(v, Tensor) for v in kwargs.values()
+        ):
+            raise RuntimeError(
+                "a compiled chain takes tensors as arguments, but none inside of lists, tuples or "
+                "dicts; pass each by a keyword of its own"
+            )
+        if reversing and not self._is_known():
             names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
             constants = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
             tensors = [*streams, *(kwargs[name] for name in names)]
@@ -122,7 +137,7 @@ class _Reversible(nn.Module):
                 raise RuntimeError(fault)
         if self.log_det:
             steps = [step.measured() for step in steps]
-        outputs = run_compiled(steps, kept, streams, kwargs, reversing=self.reversing)
+        outputs = run_compiled(steps, kept, streams, kwargs, reversing=reversing)
         y = join(x, outputs[: len(streams)], self.split_dim)
         return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
 
@@ -147,6 +162,9 @@ class _Reversible(nn.Module):
         constants: dict[str, Any],
     ) -> str:
         steps, _ = self._plan(len(shapes) - len(names), inverted=inverted)
+        modules = (module for step in steps for module in step.branch.modules())
+        if any(isinstance(module, _Reversible) for module in modules):
+            return f"a chain inside of a branch cannot be compiled with the one around it. {WAYS}"
         return find_fault(steps, shapes, dtypes, device, names, constants=constants)
 
 
@@ -239,15 +257,14 @@ class ReversibleBlock(_Reversible):
     def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
         if self.keep_input:
             keep(streams)
-        if _is_seen(self.coupling):
-            found: Streams = self.coupling(*streams, **kwargs)
-            return found
+        if _coupling_of(self.coupling) is None:
+            return _as_streams(self.coupling(*streams, **kwargs))
         return run(self.coupling.half_steps(), streams, kwargs)
 
     def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
         if self.keep_input_inverse:
             keep(streams)
-        return run(self.coupling.inverse_half_steps(), streams, kwargs)
+        return _as_streams(self.coupling.inverse(*streams, **kwargs))
 
     def extra_repr(self) -> str:
         return (
@@ -310,6 +327,10 @@ class ReversibleSequential(_Reversible, nn.Sequential):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Adds a block; the constructor and `append` come here."""
+        self._check(name, module)
+        super().add_module(name, module)
+
+    def _check(self, name: str, module: nn.Module | None) -> None:
         if not isinstance(module, nn.Module) or not callable(getattr(module, "inverse", None)):
             raise TypeError(
                 f"block {name} is a {type(module).__name__}, which cannot be reversed; wrap it, "
@@ -323,7 +344,23 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             )
         if getattr(module, "log_det", False) is True and not self.log_det:
             raise ValueError(f"block {name} has log_det=True, so the chain needs log_det=True too")
-        super().add_module(name, module)
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        self._check(str(index), module)
+        super().__setitem__(index, module)
+
+    def insert(self, index: int, module: nn.Module) -> ReversibleSequential:
+        """Inserts a block."""
+        self._check(str(index), module)
+        super().insert(index, module)
+        return self
+
+    def __add__(self, other: Iterable[nn.Module]) -> ReversibleSequential:
+        """Returns a chain of these blocks and others, which share parameters."""
+        part: ReversibleSequential = self[:]
+        for block in other:
+            part.append(block)
+        return part
 
     def __getitem__(self, index: slice | int) -> Any:
         """Returns a block, or for a slice the chain of those blocks, which share parameters."""
@@ -390,8 +427,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             if coupling is not None:
                 steps += coupling.inverse_half_steps() if inverted else coupling.half_steps()
             elif isinstance(block, _OURS):
-                found: Tensor | Streams = (block.inverse if inverted else block)(*streams, **kwargs)
-                streams = found if isinstance(found, tuple) else (found,)
+                streams = _as_streams((block.inverse if inverted else block)(*streams, **kwargs))
             else:
                 steps = [InvertibleStep(block, len(streams), self.split_dim, inverted=inverted)]
             if steps and not shares:
@@ -405,6 +441,10 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
             f"stores={stores!r}"
         )
+
+
+def _as_streams(y: Tensor | Streams) -> Streams:
+    return y if isinstance(y, tuple) else (y,)
 
 
 def _keeps(block: Any, *, inverted: bool) -> bool:
@@ -428,18 +468,20 @@ def _coupling_of(block: nn.Module) -> Coupling | None:
         return None
     kind: Any = type(block)
     if kind is ReversibleBlock:
-        coupling: Any = block._modules["coupling"]  # faster than block.coupling
-        return None if _is_seen(coupling) else coupling
-    if (
-        isinstance(block, Coupling)
-        and kind.forward is Coupling.forward
-        and kind.inverse is Coupling.inverse
-    ):
-        return block
-    return None
+        return _coupling_of(block._modules["coupling"])  # type: ignore[arg-type]
+    return block if isinstance(block, Coupling) and _has_usual_ways(kind) else None
+
+
+def _has_usual_ways(kind: type[Coupling]) -> bool:
+    return kind.forward is Coupling.forward and kind.inverse is Coupling.inverse
 
 
 def _refuse_hooks(module: nn.Module) -> None:
+    if isinstance(module, Coupling) and not _has_usual_ways(type(module)):
+        raise RuntimeError(
+            f"{type(module).__name__} has a forward or inverse of its own, which does not run in a "
+            "compiled chain: let it list half_steps instead, or compile its branches"
+        )
     if module._forward_hooks or module._forward_pre_hooks:
         raise RuntimeError(
             f"{type(module).__name__} has a forward hook, which does not run in a compiled chain: "

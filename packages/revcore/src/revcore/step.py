@@ -47,6 +47,7 @@ class Step(ABC):
         place: What gives a tensor of one number, which a step with a grid may make infinite if it
             writes a value that is too large. Whoever applies the step sets it.
         looked: Whether the step has looked for such values.
+        repeats: Whether undoing the step runs the branch as applying it did.
     """
 
     branch: nn.Module
@@ -56,6 +57,7 @@ class Step(ABC):
     grid: int | None = None
     place: Callable[[], Tensor] | None = None
     looked = False
+    repeats = True
 
     @abstractmethod
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:

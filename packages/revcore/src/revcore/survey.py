@@ -7,6 +7,7 @@ same does not.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import Any
@@ -15,9 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.known import BATCH_NORMS, are_self_contained, is_known, is_plain
+from revcore.hooks import has_global_hooks
+from revcore.known import BATCH_NORMS, are_self_contained, is_declared, is_known, is_plain
 
 Table = dict[str, Any]
+
+Change = tuple[Table, str, Any]
+"""Where something is, by what name, and what was there."""
+
+ABSENT = object()
+"""Stands for no entry of a table."""
+
+# What runs with a module. The others tell how the hooks are called, if there are any.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_KINDS_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
@@ -44,15 +56,17 @@ class Survey:
     Attributes:
         modules: All modules, each once; first the branch.
         flags: Modules whose training flags may matter, and these.
-        tables: Each table of parameters, and what it holds.
+        tables: The attributes of each module with parameters, their table, and what it holds.
+        code: Where to find a module's hooks, and a `forward` of its own, and what is there. None
+            stands for nothing.
         tensors: All parameters, each once.
         needed: Which of them require a gradient.
         leaves: Those that do.
         plain: Whether all of them are leaves.
-        buffered: Modules with buffers that a second run must find as the first one found them.
+        buffered: Modules whose buffers a second run must find as the first one found them.
         norms: Batch norms in training, whose buffers no run reads.
         contained: Whether the modules are known to use nothing from elsewhere.
-        lazy: Whether a parameter has no shape yet.
+        lazy: Whether a parameter or a buffer has no shape yet.
         simple: Whether a first run has to note nothing but autocast.
         lasts: Whether the survey may be kept until the next call.
         known: Whether all of them are torch's own.
@@ -63,19 +77,28 @@ class Survey:
 
     def __init__(self, branch: nn.Module) -> None:
         modules: list[Any] = [branch]  # nn.Module.modules takes four times as long
-        self.tables: list[tuple[Table, Table]] = []
+        self.tables: list[tuple[Table, Table, Table]] = []
         self.buffered: list[nn.Module] = []
         self.norms: list[nn.Module] = []
+        self.code: list[tuple[Table, str, Any]] = []
         tensors: list[Any] = []
+        buffers: list[Any] = []
         for module in modules:  # grows meanwhile
             modules += [m for m in module._modules.values() if m is not None]
             if len(set(modules)) < len(modules):
                 modules[:] = dict.fromkeys(modules)
             if module._parameters:
                 found = dict(module._parameters.items())  # a ScriptModule has no copy()
-                self.tables.append((module._parameters, found))
+                self.tables.append((module.__dict__, module._parameters, found))
                 tensors += found.values()
-            if module._buffers:
+            own = module.__dict__
+            self.code.append((own, "forward", own.get("forward")))
+            hooked = any(own.get(name) for name in _HOOKS)
+            for name in (*_HOOKS, *_KINDS_OF_HOOKS) if hooked else _HOOKS:
+                self.code.append((own, name, OrderedDict(own.get(name) or ()) or None))
+            # A module of somebody else's may make buffers as it runs.
+            if module._buffers or not is_declared(module):
+                buffers += module._buffers.values()
                 # Switching `track_running_stats` off repeats a batch norm in training exactly, and
                 # is cheaper than exchanging buffers. Batch norms also if they track nothing now: a
                 # branch around one may have seen to that, and be done when it is repeated.
@@ -91,14 +114,30 @@ class Survey:
         self.needed = needs_of(self.tensors)
         self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad]
         self.plain = all(tensor.is_leaf for tensor in self.tensors)
-        self.contained = are_self_contained(modules)
+        self.contained = are_self_contained(modules) and not has_global_hooks()
         self.known = all(map(is_known, modules))
-        self.lazy = any(map(is_lazy, self.tensors))
+        self.lazy = any(map(is_lazy, [*self.tensors, *buffers]))
         self.simple = self.contained and not self.buffered and not self.lazy
         # Of what was computed from other parameters (functional_call) nothing must stay alive, and
         # a ScriptModule makes its tables anew each time that it is asked.
         scripted = any(isinstance(module, torch.jit.ScriptModule) for module in modules)
-        self.lasts = self.plain and not self.lazy and not scripted
+        # Nor may what a hook holds stay alive once it is removed.
+        hooked = has_global_hooks() or any(value is not None for *_, value in self.code)
+        self.lasts = self.plain and not (self.lazy or scripted or hooked)
+
+    def find_changes(self) -> list[Change]:
+        """Lists the flags and the code that are other ones now: where, and what was there."""
+        changes: list[Change] = [
+            (module.__dict__, "training", flag)
+            for module, flag in self.flags
+            if module.training is not flag
+        ]
+        for own, name, value in self.code:
+            now = own.get(name)
+            if now != value and (now or value):
+                was = OrderedDict(value or ()) if name != "forward" else value or ABSENT
+                changes.append((own, name, was))
+        return changes
 
 
 class Group:
@@ -122,36 +161,32 @@ class Group:
         self.tensors = [tensor for survey in surveys for tensor in survey.tensors]
         self.lasts = all(survey.lasts for survey in surveys)
         tables = [table for survey in surveys for table in survey.tables]
-        self._parameters = [table for table, _ in tables]
-        self._values = [value for _, found in tables for value in found.values()]
+        self._parameters = [table for _, table, _ in tables]
+        self._values = [value for *_, found in tables for value in found.values()]
         self._flags = [flag for survey in surveys for flag in survey.flags]
+        code = [entry for survey in surveys for entry in survey.code]
+        self._code = [entry for entry in code if entry[2] is not None]
+        self._bare = [own for own, name, value in code if name == "forward" and value is None]
+        self._unhooked = [own[name] for own, name, value in code if name in own and value is None]
         if self.lasts:
             self._needed = needs_of(self.tensors)
             self._types = [*map(type, modules)]
-            self._owned = [
-                (m.__dict__, m._modules, m._parameters, "forward" in m.__dict__) for m in modules
-            ]
+            self._owned = [(m.__dict__, m._modules, m._parameters) for m in modules]
             self._inner = [module._modules for module in modules if module._modules]
             self._inner_values = [value for table in self._inner for value in table.values()]
-            own = [
-                (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)
-                for m in modules
-            ]
+            own = [(m._modules, m._parameters, m._buffers) for m in modules]
             self._empty = [table for each in own for table in each if not table]
 
     def holds(self) -> bool:
         """Tells whether new surveys would be the same."""
         if [*map(type, self.modules)] != self._types or any(self._empty):
             return False
-        for own, inner, parameters, patched in self._owned:
-            if (
-                own["_modules"] is not inner
-                or own["_parameters"] is not parameters
-                or ("forward" in own) is not patched
-            ):
+        for own, inner, parameters in self._owned:
+            if own["_modules"] is not inner or own["_parameters"] is not parameters:
                 return False
         return (
-            needs_of(self.tensors) == self._needed
+            not has_global_hooks()
+            and needs_of(self.tensors) == self._needed
             and self.has_its_modules()
             and self.is_as_it_was()
         )
@@ -161,11 +196,18 @@ class Group:
         return not self.lasts or _same(self._inner, self._inner_values)
 
     def is_as_it_was(self) -> bool:
-        """Tells whether modules have the training flags and the parameters that they had."""
+        """Tells whether modules have the flags, hooks and parameters that they had."""
         for module, flag in self._flags:
             if module.training is not flag:
                 return False
-        return _same(self._parameters, self._values)
+        for own in self._bare:
+            if "forward" in own:
+                return False
+        return (
+            _same(self._parameters, self._values)
+            and not any(self._unhooked)
+            and all(own.get(name) == value for own, name, value in self._code)
+        )
 
 
 class Groups:

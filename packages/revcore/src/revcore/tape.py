@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from revcore.buffers import settle
 from revcore.drift import track_drift
 from revcore.randomness import is_capturing
 from revcore.replay import Replay
@@ -70,7 +71,11 @@ class Tape:
 
     def keep(self, streams: Streams) -> None:
         """Keeps the streams as they stand now, as an exact point to restart from."""
-        self.anchors[len(self.records)] = Saved(streams, "a kept input of a reversible chain")
+        self.keep_before(len(self.records), streams)
+
+    def keep_before(self, index: int, streams: Streams) -> None:
+        """Keeps the streams as they stood before step `index`."""
+        self.anchors[index] = Saved(streams, "a kept input of a reversible chain")
 
     def seal(self, outputs: Sequence[Tensor], *, overlap: bool) -> None:
         """Ends the recording.
@@ -80,6 +85,7 @@ class Tape:
             overlap: Whether to rebuild a step while the one after it is differentiated, if a CUDA
                 graph is being captured. Without one the GPU waits for Python, not for itself.
         """
+        settle([replay.buffers for _, replay in self.records if replay.buffers is not None])
         self._outputs = Saved(outputs, "the output of a reversible chain")
         if overlap and is_capturing(outputs[0].device):
             self._side = side_stream(outputs[0].device)

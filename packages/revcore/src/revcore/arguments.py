@@ -1,0 +1,38 @@
+"""The extra arguments of a call, also those inside of lists, tuples and dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+Arguments = Mapping[str, Any]
+
+_NESTS = (dict, list, tuple)
+
+
+def tensors_of(kwargs: Arguments) -> list[Tensor]:
+    """Lists the tensors among arguments."""
+    values: list[Any] = []
+    for value in kwargs.values():
+        values += tree_leaves(value) if isinstance(value, _NESTS) else [value]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def as_they_are(kwargs: Arguments) -> Arguments:
+    """Copies the lists, tuples and dicts among arguments, which somebody may change later."""
+    return exchange(kwargs, {}) if any(isinstance(v, _NESTS) for v in kwargs.values()) else kwargs
+
+
+def exchange(kwargs: Arguments, others: Mapping[int, Tensor]) -> Arguments:
+    """Copies arguments, with others in the place of some tensors, by their `id`."""
+
+    def other(value: Any) -> Any:
+        return others.get(id(value), value)
+
+    return {
+        name: tree_map(other, value) if isinstance(value, _NESTS) else other(value)
+        for name, value in kwargs.items()
+    }

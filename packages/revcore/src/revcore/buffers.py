@@ -1,0 +1,144 @@
+"""The buffers of a branch around its first run, and as its repetition must find them.
+
+Most changes of a tensor are counted by torch. `F.batch_norm` does not count those of running
+statistics, nor does anybody those of `.data`, so small buffers are compared with a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revcore.known import BATCH_NORMS
+from revcore.randomness import is_capturing
+from revcore.survey import ABSENT, Change
+from revcore.versions import changed, version
+
+# Bytes of a buffer that is a constant rather, such as a table of positions.
+_LARGE = 2**20
+
+
+class _Buffer(NamedTuple):
+    """A buffer before a run.
+
+    Attributes:
+        module: It belongs to this one.
+        name: By this name.
+        value: The tensor, or None.
+        version: Its version.
+        copy: A copy of it. There is none of one that takes a gradient, which a copy would take
+            away, in silence.
+    """
+
+    module: nn.Module
+    name: str
+    value: Tensor | None
+    version: int
+    copy: Tensor | None
+
+    def has_moved(self) -> bool:
+        """Tells whether there is another one in its place, or whether a change was counted."""
+        return get(self.module._buffers, self.name) is not self.value or self.is_changed()
+
+    def is_changed(self) -> bool:
+        """Tells whether a change was counted."""
+        return self.value is not None and version(self.value) != self.version
+
+    def may_move_unseen(self) -> bool:
+        """Tells whether to compare it with its copy."""
+        if self.copy is None or type(self.module) in BATCH_NORMS:  # in evaluation, as they are here
+            return False
+        return self.copy.layout is torch.strided and self.copy.nbytes <= _LARGE
+
+
+class Buffers:
+    """Notes the buffers of a branch before it runs first; `close` looks what has become of them.
+
+    Args:
+        modules: The modules of the branch whose buffers matter.
+
+    Attributes:
+        moved: The buffers that the run has changed: their modules, names and copies.
+        suspects: Those that it may have changed, uncounted.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._before = [_note(*each) for each in _buffers_of(modules)]
+        self._unmoved: list[_Buffer] = []
+        self.moved: list[tuple[nn.Module, str, Any]] = []
+        self.suspects: list[_Buffer] = []
+
+    def close(self) -> None:
+        """Ends the run."""
+        before, self._before = self._before, []
+        names = {(buffer.module, buffer.name) for buffer in before}
+        new = [(module, name) for module, name, _ in _buffers_of(self._modules)]
+        self.moved += [(*each, ABSENT) for each in new if each not in names]
+        for buffer in before:
+            module, name, value, _, copy = buffer
+            if not buffer.has_moved() or (copy is None and value is not None):
+                self._unmoved.append(buffer._replace(copy=None))
+                if buffer.may_move_unseen():
+                    self.suspects.append(buffer)
+            else:
+                self.moved.append((module, name, copy))
+
+    def __bool__(self) -> bool:
+        return bool(self._unmoved or self.moved)
+
+    def find_changes(self) -> list[Change]:
+        """Lists the buffers that are other ones now: where, and what was there.
+
+        Raises:
+            RuntimeError: If one has been changed in place.
+        """
+        changes: list[Change] = []
+        for buffer in self._unmoved:
+            module, name, value, *_ = buffer
+            if buffer.is_changed():
+                raise changed(f"buffer {name!r} of {type(module).__name__}")
+            if get(module._buffers, name) is not value:
+                changes.append((module._buffers, name, value))
+        # Clones, because a graph that is retained may be run backward again.
+        suspects = [(module, name, copy) for module, name, _, _, copy in self.suspects]
+        for module, name, copy in [*self.moved, *suspects]:
+            wanted = copy.clone() if isinstance(copy, Tensor) else copy
+            changes.append((module._buffers, name, wanted))
+        return changes
+
+
+def settle(every: Sequence[Buffers]) -> None:
+    """Drops the copies of buffers that first runs have left as they were, which most are."""
+    suspects: list[Any] = [suspect for buffers in every for suspect in buffers.suspects]
+    if not suspects or any(_is_unreadable(suspect.value) for suspect in suspects):
+        return
+    # One look for all, because the host waits for a GPU there.
+    moved = [(suspect.value != suspect.copy).any() for suspect in suspects]
+    flags = torch.stack([flag.to(moved[0].device) for flag in moved]).tolist()
+    kept = {id(suspect) for suspect, flag in zip(suspects, flags, strict=True) if flag}
+    for buffers in every:
+        buffers.suspects = [suspect for suspect in buffers.suspects if id(suspect) in kept]
+
+
+def _is_unreadable(tensor: Tensor) -> bool:
+    return tensor.is_meta or is_capturing(tensor.device)
+
+
+def get(table: Any, name: str) -> Any:
+    """Returns an entry of a table, or None; a ScriptModule's tables have no `get`."""
+    return table[name] if name in table else None  # noqa: SIM401
+
+
+def _buffers_of(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor | None]]:
+    return [(module, *item) for module in modules for item in module._buffers.items()]
+
+
+def _note(module: nn.Module, name: str, value: Tensor | None) -> _Buffer:
+    if value is None:
+        return _Buffer(module, name, None, 0, None)
+    copy = None if value.requires_grad else value.clone()
+    return _Buffer(module, name, value, version(value), copy)

@@ -1,0 +1,278 @@
+"""What branches hold and change as they run, and what others change before the backward pass."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import chain_of_branches, step_of
+from torch import nn
+from torch.nn.utils import prune
+
+import revcore
+
+
+@pytest.fixture
+def x(device):
+    torch.manual_seed(0)
+    return torch.randn(6, 8, dtype=torch.float64, device=device)
+
+
+def assert_as_stored(make, x, take=step_of, steps=2):
+    """Takes steps with a chain and with its stored twin; gradients and buffers agree."""
+    torch.manual_seed(0)
+    chain = make().double().to(x.device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for number in range(steps):
+        found = []
+        for net in (chain, twin):
+            torch.manual_seed(number)
+            found.append([*take(net, x), *(b.double() for b in net.buffers())])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    return chain
+
+
+class Counting(nn.Module):
+    """Reads a buffer that it counts up, in a way that may not be counted itself."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+        if how == "none":
+            self.register_buffer("n", None)
+        elif how != "new":
+            dtype = {"complex": torch.complex64, "integer": torch.int64}.get(how)
+            self.register_buffer("n", torch.ones(1, dtype=dtype))
+
+    def forward(self, x):
+        n = self._buffers.get("n")
+        if n is None:
+            self.register_buffer("n", torch.full((1,), 2.0, device=x.device))
+        elif self.how == "rebound":
+            self.n = n + 1
+        else:
+            n.data += 1
+        return self.linear(x) * abs(self.n)
+
+
+@pytest.mark.parametrize("how", ["float", "integer", "complex", "rebound", "none", "new"])
+def test_buffers(how, x):
+    assert_as_stored(lambda: chain_of_branches(Counting(how)), x)
+
+
+class Offset(nn.Module):
+    """Has a buffer that takes a gradient, which a buffer should not."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("offset", torch.ones(4))
+
+    def forward(self, x):
+        return self.linear(x) + self.offset
+
+
+def test_a_buffer_that_takes_a_gradient(x):
+    chain = chain_of_branches(Offset()).double().to(x.device)
+    step_of(chain, x)
+    chain[0].coupling.f.offset = torch.ones(4, dtype=x.dtype, device=x.device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="would get no gradient"):
+        step_of(chain, x)
+
+
+class Leaving(Offset):
+    """Leaves a loss in a buffer."""
+
+    def forward(self, x):
+        self.offset = self.linear(x).square().sum()
+        return super().forward(x)
+
+
+def test_a_loss_that_is_left_in_a_buffer_is_named(x):
+    with pytest.warns(UserWarning, match="leaves a result in its attribute 'offset'"):
+        step_of(chain_of_branches(Leaving()).double().to(x.device), x)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.ones(64, 64))
+
+    def forward(self, x):
+        return self.linear(x) * self.mask[0, 0]
+
+
+def test_copies_of_buffers_are_dropped_if_nothing_has_changed(device):
+    def kept(depth):
+        chain = chain_of_branches(Masked(), depth).to(device)
+        y = torch.zeros(2, 8, device=device, requires_grad=True)
+        with revcore.track_memory() as memory:
+            y = chain(y)
+        return memory.live_bytes
+
+    assert kept(2) == kept(8)
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, *, condition):
+        condition.setdefault("seen", []).append(1)
+        return self.linear(x) * condition["scale"][0]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_tensors_inside_of_arguments_get_their_gradients(recomputed, x):
+    def take(net, x):
+        scale = torch.rand(4, dtype=x.dtype, device=x.device, requires_grad=True)
+        condition = {"scale": [scale]}
+        if recomputed:
+            branch = net[0].coupling.f
+            y = revcore.recompute(branch, x[:, :4], condition=condition) if net.reversing else None
+            y = branch(x[:, :4], condition=condition) if y is None else y
+        else:
+            y = net(x, condition=condition)
+        condition["scale"] = [2 * scale]  # for another call, say
+        net.zero_grad()
+        y.square().sum().backward()
+        # The branches have run once, as far as the caller can see.
+        seen = torch.tensor(len(condition["seen"]))
+        return [scale.grad, seen, *(p.grad for p in net[0].coupling.f.parameters())]
+
+    assert_as_stored(lambda: chain_of_branches(Conditioned()), x, take)
+
+
+def test_a_tensor_inside_of_an_argument_that_is_changed(x):
+    chain = chain_of_branches(Conditioned()).double().to(x.device)
+    scale = torch.ones(4, dtype=x.dtype, device=x.device)
+    y = chain(x.requires_grad_(), condition={"scale": [scale]})
+    scale.add_(1)
+    with pytest.raises(RuntimeError, match="argument 'condition' was changed in place"):
+        y.sum().backward()
+
+
+def hook_and_remove(module):
+    return module.register_forward_hook(lambda *a: a[2] * 2)
+
+
+def hook_with_arguments_and_remove(module):
+    hook = lambda _module, _args, kwargs, y: y * (2 + len(kwargs))  # noqa: E731
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def hook_before_and_remove(module):
+    return module.register_forward_pre_hook(lambda *a: (a[1][0] + 1,))
+
+
+class Patch:
+    """A forward that is another one for a while."""
+
+    def __init__(self, module):
+        self.module, forward = module, module.forward
+        module.forward = lambda x: 3 * forward(x)
+
+    def remove(self):
+        del self.module.forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hook_and_remove, hook_with_arguments_and_remove, hook_before_and_remove, Patch],
+)
+@pytest.mark.parametrize("during", ["forward", "backward"])
+def test_code_that_is_changed_between_forward_and_backward(change, during, x):
+    def take(net, x):
+        changed = [] if during == "backward" else [change(block.coupling.f) for block in net]
+        net.zero_grad()
+        y = net(x).square().sum()
+        for each in changed:
+            each.remove()
+        if during == "backward":
+            changed = [change(block.coupling.f) for block in net]
+        y.backward()
+        if during == "backward":
+            for each in changed:
+                each.remove()
+        return [p.grad for p in net.parameters()]
+
+    chain = assert_as_stored(lambda: chain_of_branches(nn.Linear(4, 4)), x, take)
+    assert not any(block.coupling.f._forward_hooks for block in chain)
+    assert not any("forward" in vars(block.coupling.f) for block in chain)
+
+
+def test_a_hook_on_all_modules_may_draw(x):
+    def hook(module, _inputs, y):
+        return F.dropout(y, 0.5) if isinstance(module, nn.Linear) else None
+
+    with nn.modules.module.register_module_forward_hook(hook):
+        assert_as_stored(lambda: chain_of_branches(nn.Linear(4, 4)), x)
+
+
+def test_a_weight_that_another_net_makes_later(x):
+    chain = chain_of_branches(nn.Linear(4, 4)).double().to(x.device)
+    linear = chain[0].coupling.f
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+    step_of(chain, x)
+    linear.weight = weight.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="would get no gradient"):
+        step_of(chain, x)
+
+
+def test_a_result_of_a_higher_precision_than_its_stream(x):
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x.float()).double()
+
+    class Narrow(nn.Linear):
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return super().forward(x)
+
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Narrow(4, 4), Wide())).to(x.device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for one, two in zip(step_of(chain, x.float()), step_of(twin, x.float()), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_what_a_jit_trace_sees_is_stored(x):
+    chain = chain_of_branches(nn.Linear(4, 4)).double().to(x.device)
+    traced = torch.jit.trace(chain, x)
+    torch.testing.assert_close(traced(x), chain(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("training", [False, True])
+def test_scripted_batch_norm(training, x):
+    norm = torch.jit.script(nn.BatchNorm1d(4).train(training))
+    block = revcore.ReversibleBlock(nn.Linear(4, 4), norm).double().to(x.device)
+    if training:
+        with pytest.raises(RuntimeError, match="has a ScriptModule"):
+            step_of(block, x)
+        return
+    found = step_of(block, x)
+    torch.testing.assert_close(found, step_of(revcore.set_reversing(block, False), x))
+
+
+def test_a_parameter_that_is_pruned_before_backward(x):
+    chain = chain_of_branches(nn.Linear(4, 4)).double().to(x.device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    found = []
+    for net in (chain, twin):
+        y = net(x.requires_grad_())
+        linear = net[0].coupling.f
+        weight = linear.weight
+        prune.random_unstructured(linear, "weight", amount=0.5)
+        y.square().sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
