@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revcore.known import BATCH_NORMS
+from revcore.known import BATCH_NORMS, is_declared
 from revcore.randomness import is_capturing
 from revcore.survey import ABSENT, Change
 from revcore.versions import changed, version
@@ -66,18 +66,24 @@ class Buffers:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
         self._before = [_note(*each) for each in _buffers_of(modules)]
         self._unmoved: list[_Buffer] = []
         self.moved: list[tuple[nn.Module, str, Any]] = []
         self.suspects: list[_Buffer] = []
 
-    def close(self) -> None:
-        """Ends the run."""
+    def close(self, modules: Sequence[nn.Module]) -> None:
+        """Ends the run.
+
+        Args:
+            modules: All modules of the branch.
+        """
         before, self._before = self._before, []
         names = {(buffer.module, buffer.name) for buffer in before}
-        new = [(module, name) for module, name, _ in _buffers_of(self._modules)]
-        self.moved += [(*each, ABSENT) for each in new if each not in names]
+        known = {buffer.module for buffer in before}
+        for module, name, _ in _buffers_of(modules):
+            new = module in known or not is_declared(module)
+            if new and (module, name) not in names:
+                self.moved.append((module, name, ABSENT))
         for buffer in before:
             module, name, value, _, copy = buffer
             if not buffer.has_moved() or (copy is None and value is not None):

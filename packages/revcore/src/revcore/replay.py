@@ -177,12 +177,12 @@ class Replay(Memory):
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
         with _LOCK, no_autocast_cache() if self._autocast else _AS_IT_IS:
-            if survey.buffered:
-                self.buffers = Buffers(survey.buffered)
-                t = self._draw(x)
-                self.buffers.close()
-                return t
-            return self._draw(x)
+            buffers = Buffers(survey.buffered) if survey.buffered else None
+            t = self._draw(x)
+            if buffers is not None or any(survey.unbuffered):
+                self.buffers = Buffers(()) if buffers is None else buffers
+                self.buffers.close(survey.modules)
+            return t
 
     def _draw(self, x: Tensor) -> Tensor:
         """Runs the branch, and notes the random generators before it and after it."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from itertools import repeat
+from operator import attrgetter, contains, is_
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Survey:
         leaves: Those that do.
         plain: Whether all of them are leaves.
         buffered: Modules whose buffers a second run must find as the first one found them.
+        unbuffered: Tables of modules that have none, but may make some as they run.
         norms: Batch norms in training, whose buffers no run reads.
         contained: Whether the modules are known to use nothing from elsewhere.
         lazy: Whether a parameter or a buffer has no shape yet.
@@ -79,6 +81,7 @@ class Survey:
         modules: list[Any] = [branch]  # nn.Module.modules takes four times as long
         self.tables: list[tuple[Table, Table, Table]] = []
         self.buffered: list[nn.Module] = []
+        self.unbuffered: list[Table] = []
         self.norms: list[nn.Module] = []
         self.code: list[tuple[Table, str, Any]] = []
         tensors: list[Any] = []
@@ -96,8 +99,9 @@ class Survey:
             hooked = any(own.get(name) for name in _HOOKS)
             for name in (*_HOOKS, *_KINDS_OF_HOOKS) if hooked else _HOOKS:
                 self.code.append((own, name, OrderedDict(own.get(name) or ()) or None))
-            # A module of somebody else's may make buffers as it runs.
-            if module._buffers or not is_declared(module):
+            if not (module._buffers or is_declared(module)):
+                self.unbuffered.append(module._buffers)
+            elif module._buffers:
                 buffers += module._buffers.values()
                 # Switching `track_running_stats` off repeats a batch norm in training exactly, and
                 # is cheaper than exchanging buffers. Batch norms also if they track nothing now: a
@@ -200,11 +204,9 @@ class Group:
         for module, flag in self._flags:
             if module.training is not flag:
                 return False
-        for own in self._bare:
-            if "forward" in own:
-                return False
         return (
-            _same(self._parameters, self._values)
+            not any(map(contains, self._bare, repeat("forward")))
+            and _same(self._parameters, self._values)
             and not any(self._unhooked)
             and all(own.get(name) == value for own, name, value in self._code)
         )
