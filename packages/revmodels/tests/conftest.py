@@ -1,6 +1,8 @@
 """Options and fixtures of all tests."""
 
+import importlib
 import os
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +20,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         # Triton's interpreter runs the kernels; it is asked for before Triton is imported.
         os.environ["TRITON_INTERPRET"] = "1"
+        with suppress(ImportError):  # Triton may be missing
+            # The interpreter takes long for each program, whatever the size of its tile.
+            importlib.import_module("revmodels.passes").CHANNELS = 64
+            importlib.import_module("revmodels.conv_passes").COLUMNS = 512
 
 
 @pytest.fixture(scope="session")

@@ -158,7 +158,7 @@ def test_weights_that_were_cast_before(device):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_same_bits_each_time(device, size):
-    layers, x = make_layers(64, 32, device, size), batch(4, 64, 8, 8, device=device)
+    layers, x = make_layers(64, 32, device, size), batch(2, 64, 8, 8, device=device)
     runs = []
     for _ in range(2):
         y = norm_relu_conv(*layers, x)
