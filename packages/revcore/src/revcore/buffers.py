@@ -119,19 +119,26 @@ class Buffers:
 
 def settle(every: Sequence[Buffers]) -> None:
     """Drops the copies of buffers that first runs have left as they were, which most are."""
-    suspects: list[Any] = [suspect for buffers in every for suspect in buffers.suspects]
-    if not suspects or any(_is_unreadable(suspect.value) for suspect in suspects):
+    asked = [suspect for buffers in every for suspect in buffers.suspects if _is_readable(suspect)]
+    if not asked:
         return
     # One look for all, because the host waits for a GPU there.
-    moved = [(suspect.value != suspect.copy).any() for suspect in suspects]
+    moved = [(_bits(suspect.value) != _bits(suspect.copy)).any() for suspect in asked]
     flags = torch.stack([flag.to(moved[0].device) for flag in moved]).tolist()
-    kept = {id(suspect) for suspect, flag in zip(suspects, flags, strict=True) if flag}
+    unmoved = {id(suspect) for suspect, flag in zip(asked, flags, strict=True) if not flag}
     for buffers in every:
-        buffers.suspects = [suspect for suspect in buffers.suspects if id(suspect) in kept]
+        buffers.suspects = [suspect for suspect in buffers.suspects if id(suspect) not in unmoved]
 
 
-def _is_unreadable(tensor: Tensor) -> bool:
-    return tensor.is_meta or is_capturing(tensor.device)
+def _is_readable(buffer: _Buffer) -> bool:
+    value: Any = buffer.value
+    return type(value) is Tensor and not value.is_meta and not is_capturing(value.device)
+
+
+def _bits(value: Any) -> Tensor:
+    # Some dtypes cannot be compared, and NaN is not what it is.
+    bits: Tensor = value.detach().reshape(-1).view(torch.uint8)
+    return bits
 
 
 def get(table: Any, name: str) -> Any:

@@ -293,10 +293,10 @@ class Replay(Memory):
         same = self.seen.look() if self.seen.same is None else self.seen.same
         usual = same and not (aliases or self.buffers)
         cast = self._autocast or torch._C._is_any_autocast_enabled()
-        if usual and not self._survey.norms and not self._before and not cast:
-            return run_branch(call, x, kwargs, memory)
         if kwargs:
             kwargs = exchange(kwargs, aliases)
+        if usual and not self._survey.norms and not self._before and not cast:
+            return run_branch(call, x, kwargs, memory)
         run = partial(run_branch, call, x, kwargs, memory)
         if self._before:
             run = partial(draw_again, self._before, self._after, run, _OTHER_DRAWS)
