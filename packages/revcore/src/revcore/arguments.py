@@ -21,13 +21,16 @@ def tensors_of(kwargs: Arguments) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def as_they_are(kwargs: Arguments) -> Arguments:
-    """Copies the lists, tuples and dicts among arguments, which somebody may change later."""
-    return exchange(kwargs, {}) if any(isinstance(v, _NESTS) for v in kwargs.values()) else kwargs
+def has_nests(kwargs: Arguments) -> bool:
+    """Tells whether there are lists, tuples or dicts among arguments."""
+    return bool(kwargs) and any(isinstance(value, _NESTS) for value in kwargs.values())
 
 
 def exchange(kwargs: Arguments, others: Mapping[int, Tensor]) -> Arguments:
-    """Copies arguments, with others in the place of some tensors, by their `id`."""
+    """Copies arguments, with others in the place of some tensors, by their `id`.
+
+    Lists, tuples and dicts are copied, which somebody may change later.
+    """
 
     def other(value: Any) -> Any:
         return others.get(id(value), value)

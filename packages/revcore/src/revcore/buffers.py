@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from revcore.known import BATCH_NORMS, is_declared
+from revcore.known import BATCH_NORMS
 from revcore.randomness import is_capturing
 from revcore.survey import ABSENT, Change
 from revcore.versions import changed, version
 
 # Bytes of a buffer that is a constant rather, such as a table of positions.
 _LARGE = 2**20
+
+# Modules that change buffers uncounted, and large buffers that a module has left alone, by its
+# training flag.
+_movers: WeakSet[nn.Module] = WeakSet()
+_constants: WeakKeyDictionary[nn.Module, set[tuple[str, bool]]] = WeakKeyDictionary()
 
 
 class _Buffer(NamedTuple):
@@ -30,7 +36,7 @@ class _Buffer(NamedTuple):
         value: The tensor, or None.
         version: Its version.
         copy: A copy of it. There is none of one that takes a gradient, which a copy would take
-            away, in silence.
+            away, in silence, nor of a large one that has not changed so far.
     """
 
     module: nn.Module
@@ -55,46 +61,42 @@ class _Buffer(NamedTuple):
 
 
 class Buffers:
-    """Notes the buffers of a branch before it runs first; `close` looks what has become of them.
+    """What has become of the buffers of a branch in its first run.
 
     Args:
         modules: The modules of the branch whose buffers matter.
+        before: What `notes_of` gave before the run.
 
     Attributes:
         moved: The buffers that the run has changed: their modules, names and copies.
         suspects: Those that it may have changed, uncounted.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._before = [_note(*each) for each in _buffers_of(modules)]
-        self._unmoved: list[_Buffer] = []
-        self.moved: list[tuple[nn.Module, str, Any]] = []
-        self.suspects: list[_Buffer] = []
-
-    def close(self, modules: Sequence[nn.Module]) -> None:
-        """Ends the run.
-
-        Args:
-            modules: All modules of the branch.
-        """
-        before, self._before = self._before, []
+    def __init__(self, modules: Sequence[nn.Module], before: Sequence[_Buffer]) -> None:
         names = {(buffer.module, buffer.name) for buffer in before}
-        known = {buffer.module for buffer in before}
-        for module, name, _ in _buffers_of(modules):
-            new = module in known or not is_declared(module)
-            if new and (module, name) not in names:
-                self.moved.append((module, name, ABSENT))
+        new = [(module, name) for module, name, _ in _buffers_of(modules)]
+        self.moved: list[tuple[nn.Module, str, Any]] = [
+            (*each, ABSENT) for each in new if each not in names
+        ]
+        self.suspects: list[_Buffer] = []
+        self._unmoved: list[_Buffer] = []
         for buffer in before:
             module, name, value, _, copy = buffer
-            if not buffer.has_moved() or (copy is None and value is not None):
-                self._unmoved.append(buffer._replace(copy=None))
-                if buffer.may_move_unseen():
-                    self.suspects.append(buffer)
-            else:
+            if buffer.has_moved() and (value is None or copy is not None):
                 self.moved.append((module, name, copy))
+                continue
+            self._unmoved.append(buffer._replace(copy=None))
+            if buffer.may_move_unseen():
+                self.suspects.append(buffer)
+            elif copy is not None:
+                _constants.setdefault(module, set()).add((name, module.training))
 
     def __bool__(self) -> bool:
         return bool(self._unmoved or self.moved)
+
+    def have_moved(self) -> bool:
+        """Tells whether the run has changed any of them; waits for the device to say so."""
+        return bool(self.moved or any(map(_has_moved_unseen, self.suspects)))
 
     def find_changes(self) -> list[Change]:
         """Lists the buffers that are other ones now: where, and what was there.
@@ -119,25 +121,51 @@ class Buffers:
 
 def settle(every: Sequence[Buffers]) -> None:
     """Drops the copies of buffers that first runs have left as they were, which most are."""
-    asked = [suspect for buffers in every for suspect in buffers.suspects if _is_readable(suspect)]
+    asked = [suspect for buffers in every for suspect in buffers.suspects if _may_drop(suspect)]
     if not asked:
         return
     # One look for all, because the host waits for a GPU there.
-    moved = [(_bits(suspect.value) != _bits(suspect.copy)).any() for suspect in asked]
+    moved = [_differs(suspect) for suspect in asked]
     flags = torch.stack([flag.to(moved[0].device) for flag in moved]).tolist()
     unmoved = {id(suspect) for suspect, flag in zip(asked, flags, strict=True) if not flag}
+    _movers.update(suspect.module for suspect in asked if id(suspect) not in unmoved)
     for buffers in every:
         buffers.suspects = [suspect for suspect in buffers.suspects if id(suspect) not in unmoved]
 
 
+def _may_drop(buffer: _Buffer) -> bool:
+    # One that does not change in evaluation may in training, before the backward pass. In a
+    # ScriptModule it could not be put back.
+    module = buffer.module
+    asks = module.training or isinstance(module, torch.jit.ScriptModule)
+    return asks and module not in _movers and _is_readable(buffer)
+
+
+def _has_moved_unseen(buffer: _Buffer) -> bool:
+    if not _is_readable(buffer):
+        return buffer.module in _movers
+    if moved := bool(_differs(buffer)):
+        _movers.add(buffer.module)
+    return moved
+
+
 def _is_readable(buffer: _Buffer) -> bool:
     value: Any = buffer.value
-    return type(value) is Tensor and not value.is_meta and not is_capturing(value.device)
+    return (
+        type(value) is Tensor
+        and value.is_contiguous()
+        and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
+        and not is_capturing(value.device)
+    )
 
 
-def _bits(value: Any) -> Tensor:
+def _differs(buffer: _Buffer) -> Tensor:
+    return (_bits(buffer.value) != _bits(buffer.copy)).any()
+
+
+def _bits(tensor: Any) -> Tensor:
     # Some dtypes cannot be compared, and NaN is not what it is.
-    bits: Tensor = value.detach().reshape(-1).view(torch.uint8)
+    bits: Tensor = tensor.detach().view(-1).view(torch.uint8)
     return bits
 
 
@@ -150,8 +178,13 @@ def _buffers_of(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tens
     return [(module, *item) for module in modules for item in module._buffers.items()]
 
 
+def notes_of(modules: Sequence[nn.Module]) -> list[_Buffer]:
+    """Notes the buffers of modules before a run."""
+    return [_note(*each) for each in _buffers_of(modules)]
+
+
 def _note(module: nn.Module, name: str, value: Tensor | None) -> _Buffer:
     if value is None:
         return _Buffer(module, name, None, 0, None)
-    copy = None if value.requires_grad else value.clone()
-    return _Buffer(module, name, value, version(value), copy)
+    constant = value.requires_grad or (name, module.training) in _constants.get(module, ())
+    return _Buffer(module, name, value, version(value), None if constant else value.clone())

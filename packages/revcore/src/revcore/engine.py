@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from revcore.arguments import tensors_of
 from revcore.autocast import no_autocast_cache
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
@@ -43,6 +44,7 @@ class _Call:
         tape: What a reversing call records; None for one that stores.
         tip: The streams that a reversing call expects next, with their versions.
         apart: Whether somebody gets the streams one by one.
+        given: The tensors among its extra arguments.
         measures: Whether the steps give their log-determinants.
         log_dets: Those that they have given.
     """
@@ -53,6 +55,7 @@ class _Call:
         self.groups = Groups() if groups is None else groups
         self.branches = 0
         self.apart = False
+        self.given: list[Tensor] = []
         self.measures = measures
         self.log_dets: list[Tensor] = []
         self.watch = GridWatch()
@@ -97,7 +100,9 @@ class _StepsNode(torch.autograd.Function):
         _thread.call = None
         try:
             for index, (step, replay) in enumerate(records, first):
-                before = tuple(streams[:count])
+                before: Streams = ()
+                if tape.drift is not None or not step.repeats:
+                    before = tuple(streams[:count])
                 if tape.drift is not None:
                     tape.truth.append(tuple(x.detach() for x in before))
                 call.watch.apply(step, replay.first_run, streams)
@@ -157,8 +162,17 @@ def _warn_of_a_kept_input(step: Step) -> None:
     )
 
 
-def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
-    """Runs steps: reversed where a chain is recording in this thread, stored otherwise."""
+def run(
+    steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any], *, inside: bool = False
+) -> Streams:
+    """Runs steps: reversed where a chain is recording in this thread, stored otherwise.
+
+    Args:
+        steps: The steps.
+        streams: What they change.
+        kwargs: Extra arguments of all branches.
+        inside: Whether other steps follow that write all streams, so that nobody sees these.
+    """
     call = _thread.call
     if call is None:
         call = _Call(None)
@@ -166,7 +180,9 @@ def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> S
     if call.tape is None:
         return _run(call, steps, streams, kwargs)
     call.check(streams)
+    apart, call.apart = call.apart, call.apart and not inside
     streams = _run(call, steps, streams, kwargs)
+    call.apart = apart
     call.expect(streams)
     return streams
 
@@ -210,7 +226,7 @@ def _run_reversed(
     needs = [stream.requires_grad for stream in streams]
     group = call.groups.get(call.branches, [step.branch for step in steps])
     call.branches += len(steps)
-    seen = Seen(group, kwargs)
+    seen = Seen(group, kwargs, call.given)
     for step, survey in zip(steps, group.surveys, strict=True):
         replay = Replay(step, survey, seen, kwargs)
         replay.needs_x = True in map(needs.__getitem__, step.inputs)
@@ -373,7 +389,7 @@ def _reverse_alone(
     # Not by setattr, which takes longer for a module.
     groups = Groups(vars(container).get("_groups"))
     call = _thread.call = _Call(tape, groups, measures=container.log_det)
-    call.apart = len(x) > 1
+    call.apart, call.given = len(x) > 1, tensors_of(kwargs) if kwargs else []
     try:
         call.expect(streams)
         outputs = body(*streams, **kwargs)
@@ -396,6 +412,11 @@ def _reverse_alone(
 
 
 _reverse_untraced = _disable_dynamo(_reverse_alone)
+
+
+def is_apart() -> bool:
+    """Tells whether somebody gets the streams of the call that is running one by one."""
+    return _thread.call is not None and _thread.call.apart
 
 
 def keep(streams: Streams) -> None:

@@ -104,11 +104,12 @@ def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Seque
         results = function(a, t)
         owner = getattr(function, "__self__", function)
         owner = type(getattr(owner, "scheme", owner)).__name__
-        pairs = zip(results, grad, strict=True) if isinstance(results, tuple) else [(results, grad)]
-        # A log-determinant may be a constant.
-        pairs = [(result, grad) for result, grad in pairs if result.requires_grad]
+        pairs = [(results, grad)]
+        if isinstance(results, tuple):  # with a log-determinant, which may be a constant
+            pairs = [p for p in zip(results, grad, strict=True) if p[0].requires_grad]
         for result, _ in pairs:
-            refuse_foreign_leaves(result, (a, t), f"the coupling ({owner})")
+            if result.requires_grad:
+                refuse_foreign_leaves(result, (a, t), f"the coupling ({owner})")
         found, seeds = zip(*pairs, strict=True)
         return torch.autograd.grad(found, (a, t), seeds, materialize_grads=True)
 

@@ -32,6 +32,7 @@ class InvertibleStep(Step):
 
     measures = False
     repeats = False
+    _dtype: torch.dtype | None = None
 
     def __init__(
         self, module: nn.Module, count: int, split_dim: int, *, inverted: bool = False
@@ -61,8 +62,12 @@ class InvertibleStep(Step):
     def _measure(self, x: Tensor, **kwargs: Any) -> Tensor:
         if self.inverted:
             y = self.branch.inverse(x, **kwargs)
-            return self._pack(y, -self.branch.log_det(y, **kwargs))
-        return self._pack(self.branch(x, **kwargs), self.branch.log_det(x, **kwargs))
+            log_det = -self.branch.log_det(y, **kwargs)
+        else:
+            y, log_det = self.branch(x, **kwargs), self.branch.log_det(x, **kwargs)
+        if not torch.compiler.is_compiling():  # which cannot trace that
+            self._dtype = y.dtype
+        return self._pack(y, log_det)
 
     def _pack(self, x: Tensor, log_det: Tensor) -> Tensor:
         """Joins them, or their gradients, as if the log-determinant were one channel more.
@@ -82,7 +87,7 @@ class InvertibleStep(Step):
         x = run(self._join(streams[:count]))
         if self.measures:
             x, channel = x.split((x.shape[dim] - 1, 1), dim)
-            x = x.to(streams[0].dtype)
+            x = x.to(self._dtype or streams[0].dtype)
             streams.append(channel.flatten(1)[:, 0].clone())
         streams[:count] = self._split(x, streams[:count])
 

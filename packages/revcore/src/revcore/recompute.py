@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revcore.arguments import tensors_of
 from revcore.engine import can_reverse
 from revcore.replay import Replay, Seen
 from revcore.survey import Group
@@ -90,7 +91,8 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         )
     if not torch.compiler.is_compiling() and can_reverse():
         group = Group([module])
-        replay = Replay(_Part(module, module), group.surveys[0], Seen(group, kwargs), kwargs)
+        seen = Seen(group, kwargs, tensors_of(kwargs))
+        replay = Replay(_Part(module, module), group.surveys[0], seen, kwargs)
         replay.needs_x = x.requires_grad
         if replay.needs_x or replay.leaves:
             node: Tensor = _RecomputeNode.apply(replay, x, *replay.leaves)

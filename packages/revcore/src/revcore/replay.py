@@ -12,7 +12,7 @@ looked at quickly (`revcore.survey`) and only what is not is put back piece by p
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 
-from revcore.arguments import Arguments, as_they_are, exchange, tensors_of
+from revcore.arguments import Arguments, exchange, has_nests, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
-from revcore.buffers import Buffers, get
+from revcore.buffers import Buffers, get, notes_of
 from revcore.graph import differentiate, warn_of_a_result
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
 from revcore.remember import Memory, thread
@@ -49,6 +49,7 @@ _OTHER_DRAWS = (
 
 _Undo = list[Change]
 _hooks = attrgetter("_backward_hooks")
+_buffers = attrgetter("_buffers")
 _NOTHING: Mapping[int, Tensor] = {}
 _AS_IT_IS = nullcontext()
 
@@ -70,15 +71,18 @@ class Seen:
     Args:
         group: The branches.
         kwargs: Extra keyword arguments for them.
+        given: The tensors among these, as the call began.
 
     Attributes:
+        given: The same.
         same: Whether all is as it was, while somebody knows it; None otherwise.
     """
 
     same: bool | None = None
 
-    def __init__(self, group: Group, kwargs: Arguments) -> None:
+    def __init__(self, group: Group, kwargs: Arguments, given: Sequence[Tensor]) -> None:
         self._group = group
+        self.given = given
         self._kwargs = kwargs
         self._tensors = group.tensors
         if kwargs:
@@ -134,6 +138,7 @@ class Replay(Memory):
     _autocast: Autocast = ()
     _before = _after = NO_STATES
     buffers: Buffers | None = None
+    _left: Sequence[Tensor] = ()
 
     def __init__(self, step: Runs, survey: Survey, seen: Seen, kwargs: Arguments) -> None:
         self._step = step
@@ -155,10 +160,15 @@ class Replay(Memory):
             TypeError: If the branch returns anything but a tensor.
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
+        if not has_nests(self._kwargs):
+            return self._first_run(x)
         # The branch gets the very objects that it was called with, and may leave something there.
-        kwargs = as_they_are(self._kwargs) if self._kwargs else self._kwargs
+        kwargs = exchange(self._kwargs, _NOTHING)
         t = self._first_run(x)
-        self._kwargs = kwargs
+        self._kwargs, known = kwargs, {*map(id, self.seen.given)}
+        # What another branch has left there has no gradient now, and would have one if stored.
+        left = [v for v in tensors_of(kwargs) if id(v) not in known]
+        self._left = [v for v in left if v.is_floating_point() or v.is_complex()]
         return t
 
     def _first_run(self, x: Tensor) -> Tensor:
@@ -177,11 +187,11 @@ class Replay(Memory):
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
         with _LOCK, no_autocast_cache() if self._autocast else _AS_IT_IS:
-            buffers = Buffers(survey.buffered) if survey.buffered else None
+            modules = [*survey.buffered, *survey.unbuffered]
+            before = notes_of(modules) if any(map(_buffers, modules)) else ()
             t = self._draw(x)
-            if buffers is not None or any(survey.unbuffered):
-                self.buffers = Buffers(()) if buffers is None else buffers
-                self.buffers.close(survey.modules)
+            if before or any(map(_buffers, modules)):
+                self.buffers = Buffers(modules, before)
             return t
 
     def _draw(self, x: Tensor) -> Tensor:
@@ -200,7 +210,7 @@ class Replay(Memory):
     def moved(self) -> bool:
         """Whether the first run has drawn random numbers, or changed buffers."""
         drawn = any(a is not b for a, b in zip(self._before, self._after, strict=False))
-        return drawn or (self.buffers is not None and bool(self.buffers.moved))
+        return drawn or (self.buffers is not None and self.buffers.have_moved())
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
         """Runs the branch again as it ran before, without gradients, leaving no trace.
@@ -248,6 +258,8 @@ class Replay(Memory):
                 if everywhere or v.requires_grad is not need or not v.is_leaf or v._backward_hooks
             }
             leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
+            # Who uses one of these will be told that it gets no gradient.
+            aliases |= {id(v): v.detach().requires_grad_() for v in self._left}
         torch._C._set_grad_enabled(True)
         try:
             # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.

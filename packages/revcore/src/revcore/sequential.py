@@ -17,7 +17,7 @@ from revcore.affine import AffineCoupling
 from revcore.arguments import tensors_of
 from revcore.compiled import WAYS, find_fault, run_compiled
 from revcore.coupling import Coupling
-from revcore.engine import keep, reverse, run
+from revcore.engine import is_apart, keep, reverse, run
 from revcore.fixed_point import FixedPointCoupling
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.invertible import InvertibleStep
@@ -411,6 +411,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
         arguments = tensors_of(kwargs) if kwargs else []
         small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, arguments))
         hooked = has_global_hooks()
+        inside = is_apart() and _writes_all(blocks[-1], len(streams)) if blocks else False
         steps: list[Step] = []
         for block in blocks:
             coupling = None if hooked else _coupling_of(block)
@@ -421,7 +422,7 @@ class ReversibleSequential(_Reversible, nn.Sequential):
                 coupling is not None and small and block is not blocks[-1] and _is_tiny(coupling)
             )
             if steps and (kept or not shares or len(steps) >= _STEPS_AT_ONCE):
-                streams, steps = run(steps, streams, kwargs), []
+                streams, steps = run(steps, streams, kwargs, inside=inside), []
             if kept:
                 keep(streams)
             if coupling is not None:
@@ -431,7 +432,8 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             else:
                 steps = [InvertibleStep(block, len(streams), self.split_dim, inverted=inverted)]
             if steps and not shares:
-                streams, steps = run(steps, streams, kwargs), []
+                within = inside and block is not blocks[-1]
+                streams, steps = run(steps, streams, kwargs, inside=within), []
         return streams
 
     def extra_repr(self) -> str:
@@ -441,6 +443,14 @@ class ReversibleSequential(_Reversible, nn.Sequential):
             f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
             f"stores={stores!r}"
         )
+
+
+def _writes_all(block: nn.Module, count: int) -> bool:
+    """Tells whether a block changes all streams; of what is not known, that it does not."""
+    coupling = _coupling_of(block)
+    if coupling is None:
+        return not isinstance(block, _OURS)
+    return len({index for step in coupling.half_steps() for index in step.writes}) == count
 
 
 def _as_streams(y: Tensor | Streams) -> Streams:

@@ -29,7 +29,7 @@ ABSENT = object()
 """Stands for no entry of a table."""
 
 # What runs with a module. The others tell how the hooks are called, if there are any.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KINDS_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
@@ -65,7 +65,7 @@ class Survey:
         leaves: Those that do.
         plain: Whether all of them are leaves.
         buffered: Modules whose buffers a second run must find as the first one found them.
-        unbuffered: Tables of modules that have none, but may make some as they run.
+        unbuffered: Modules that had none, but may make some as they run.
         norms: Batch norms in training, whose buffers no run reads.
         contained: Whether the modules are known to use nothing from elsewhere.
         lazy: Whether a parameter or a buffer has no shape yet.
@@ -81,7 +81,7 @@ class Survey:
         modules: list[Any] = [branch]  # nn.Module.modules takes four times as long
         self.tables: list[tuple[Table, Table, Table]] = []
         self.buffered: list[nn.Module] = []
-        self.unbuffered: list[Table] = []
+        self.unbuffered: list[nn.Module] = []
         self.norms: list[nn.Module] = []
         self.code: list[tuple[Table, str, Any]] = []
         tensors: list[Any] = []
@@ -100,7 +100,7 @@ class Survey:
             for name in (*_HOOKS, *_KINDS_OF_HOOKS) if hooked else _HOOKS:
                 self.code.append((own, name, OrderedDict(own.get(name) or ()) or None))
             if not (module._buffers or is_declared(module)):
-                self.unbuffered.append(module._buffers)
+                self.unbuffered.append(module)
             elif module._buffers:
                 buffers += module._buffers.values()
                 # Switching `track_running_stats` off repeats a batch norm in training exactly, and
