@@ -131,7 +131,8 @@ def tests_revtrain(session: nox.Session) -> None:
     install(session, "revtrain", *TEST_TOOLS, "tensorboard")  # one tracker, to test --log-with
     run_tests(session, "revtrain")
     files = ("documents", "pages", "benchmarks", "lines_of_code")
-    session.run("python", "-m", "pytest", *BY_FILE, *(f"tests/test_{file}.py" for file in files))
+    tests = [f"tests/test_{file}.py" for file in files]
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *tests)
 
 
 @nox.session
@@ -246,8 +247,9 @@ def memcnn(session: nox.Session) -> None:
 @nox.session(requires=["build", "torch"])
 def examples(session: nox.Session) -> None:
     """Run the examples, each in less than a minute."""
-    install(session, "revmodels", "torchvision", "scikit-learn", "lightning", "pytest>=8.3")
-    session.run("python", "-m", "pytest", "tests/test_examples.py", *session.posargs)
+    packages = ("torchvision", "scikit-learn", "lightning", "pytest>=8.3", "pytest-xdist>=3.6")
+    install(session, "revmodels", *packages)
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, "tests/test_examples.py", *session.posargs)
 
 
 @nox.session(requires=["build", "torch"], default=False)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -21,6 +22,15 @@ DOCUMENTS = sorted(
 FENCE = re.compile(
     r"(?im)^\s*(?:`{3,}|~{3,})[ {.]*(?:py\b|py3\b|python|pycon)(?! title=\"examples/\w+\.py\" }$)"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # The tensors are so small that threads only wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def examples(path):

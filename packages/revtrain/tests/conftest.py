@@ -11,6 +11,7 @@ from tiny import TINY, write_small_cifar10
 
 import revtrain
 from revtrain.cli import main
+from revtrain.plots import plot_curve
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,6 +28,21 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures():
+    # To draw the curve of a tiny run takes as long as the run.
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_curve", "plot_memory"):
+            patch.setattr(f"revtrain.finish.{name}", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Runs in this process draw their curves, as those in processes of their own always do."""
+    monkeypatch.setattr("revtrain.finish.plot_curve", plot_curve)
+
+
 @pytest.fixture
 def train(tmp_path):
     """Trains the tiny net with other options, by the Python API."""
@@ -35,6 +51,13 @@ def train(tmp_path):
         return revtrain.train(revtrain.TrainConfig(**{**TINY, "out": tmp_path / out, **options}))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The run of the tiny net as it is, which others are compared to and no test changes."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return revtrain.train(revtrain.TrainConfig(**TINY, out=out))
 
 
 @pytest.fixture

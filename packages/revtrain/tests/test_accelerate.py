@@ -11,13 +11,16 @@ from tiny import TINY, as_flags, launch
 import revtrain
 from revtrain.step import TrainStep
 
+# Of a run whose settings are looked at, and nothing else.
+SHORT = {**TINY, "blocks": (1, 1, 1), "epochs": 1}
+
 
 def test_accelerate_launch(tmp_path):
     out = tmp_path / "run"
     done = launch(
         *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1),
         *("--mixed_precision", "bf16", "-m", "revtrain", "train"),
-        *(*as_flags({**TINY, "epochs": 1}), "--out", out),
+        *(*as_flags(SHORT), "--out", out),
     )
     assert done.returncode == 0, done.stderr
     config = json.loads((out / "config.json").read_text())
@@ -34,7 +37,7 @@ def test_a_config_file_of_accelerate(tmp_path):
         "rdzv_backend: static\nsame_network: true\ntpu_env: []\ntpu_use_cluster: false\n"
         "tpu_use_sudo: false\nuse_cpu: true\n"
     )
-    words = [word for word in as_flags({**TINY, "epochs": 1}) if word != "--cpu"]
+    words = [word for word in as_flags(SHORT) if word != "--cpu"]
     done = launch(
         *("-m", "accelerate.commands.launch", "--config_file", file),
         *("-m", "revtrain", "train", *words, "--out", out),
@@ -66,7 +69,7 @@ def test_other_ways_than_ours_are_refused(command, monkeypatch, tmp_path, variab
 
 def test_a_flag_wins_over_the_configuration(command, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    words = ["train", *as_flags({**TINY, "epochs": 1}), "--out"]
+    words = ["train", *as_flags(SHORT), "--out"]
     for flags, precision in (((), "bf16"), (("--mixed-precision", "no"), "no")):
         out = tmp_path / precision
         assert command(*words, out, *flags)[0] == 0
@@ -76,10 +79,11 @@ def test_a_flag_wins_over_the_configuration(command, monkeypatch, tmp_path):
 
 def test_a_configuration_that_compiles(train, monkeypatch, tmp_path):
     """`dynamo_config` of a configuration file: weights keep their names, and a run resumes."""
-    train(out="plain")
+    small = {"blocks": (1, 1, 1)}
+    train(**small, out="plain")
     # Compiled by a backend that changes nothing, and so takes no compiler.
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    train(out="whole")
+    train(**small, out="whole")
     call, taken = TrainStep.__call__, []
 
     def stop(*arguments):
@@ -91,8 +95,8 @@ def test_a_configuration_that_compiles(train, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "__call__", stop)
         with pytest.raises(revtrain.Interrupted):
-            train()
-    train(resume=True)
+            train(**small)
+    train(**small, resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["hardware"]["compiled_by"] == "eager"
@@ -104,4 +108,4 @@ def test_a_configuration_that_compiles(train, monkeypatch, tmp_path):
     last = metrics(tmp_path / "run")[-1]
     assert revtrain.evaluate(tmp_path / "run").accuracy == pytest.approx(last["test_accuracy"])
     with pytest.raises(ValueError, match=r"compiled_by \(='no'\) was 'eager'"):
-        train(resume=True)
+        train(**small, resume=True)

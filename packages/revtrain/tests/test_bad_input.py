@@ -1,11 +1,30 @@
 """Bad input: one line that says what is wrong and what to do, exit status 2, no work lost."""
 
+import shutil
+
 import pytest
 from tiny import TINY, as_flags, launch, write_small_cifar10
 
 import revdata
+import revtrain
 from revtrain import run_folder
 from revtrain.run_folder import RunFolder
+
+SHORT = {**TINY, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A finished run of one epoch, which no test changes."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    revtrain.train(revtrain.TrainConfig(**SHORT, out=out))
+    return out
+
+
+@pytest.fixture
+def finished(short_run, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(short_run, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -70,19 +89,18 @@ def test_no_traceback_in_a_process_of_its_own(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_folder_that_holds_a_run(command, train, tmp_path):
-    train(epochs=1)
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    words = ["train", *as_flags({**TINY, "epochs": 1, "seed": 5}), "--out", tmp_path / "run"]
+def test_a_folder_that_holds_a_run(command, finished):
+    before = (finished / "model.safetensors").read_bytes()
+    words = ["train", *as_flags({**SHORT, "seed": 5}), "--out", finished]
     status, _, err = command(*words)
     assert status == 2
     assert "holds a run already: replace it by --fresh" in err
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert (finished / "model.safetensors").read_bytes() == before
     # Wrong input leaves the old run alone, --fresh or not.
     assert command(*words, "--fresh", "--num-classes", "3")[0] == 2
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert (finished / "model.safetensors").read_bytes() == before
     assert command(*words, "--fresh")[0] == 0
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+    assert (finished / "model.safetensors").read_bytes() != before
 
 
 def test_a_file_where_the_run_folder_should_be(command, tmp_path):
@@ -96,7 +114,7 @@ def test_files_that_are_of_no_run(command, tmp_path):
     mine = tmp_path / "run" / "checkpoints" / "mine.pt"
     mine.parent.mkdir(parents=True)
     mine.write_text("precious")
-    words = ["train", *as_flags({**TINY, "epochs": 1}), "--out", tmp_path / "run"]
+    words = ["train", *as_flags(SHORT), "--out", tmp_path / "run"]
     for more in ([], ["--resume"]):
         status, _, err = command(*words, *more)
         assert status == 2
@@ -108,7 +126,7 @@ def test_files_that_are_of_no_run(command, tmp_path):
 
 def test_a_folder_that_another_process_trains_into(command, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "_PATIENCE", 0.2)
-    words = ["train", *as_flags({**TINY, "epochs": 1}), "--out", tmp_path / "run"]
+    words = ["train", *as_flags(SHORT), "--out", tmp_path / "run"]
     (tmp_path / "run").mkdir()
     with RunFolder(tmp_path / "run").alone():
         status, _, err = command(*words)
@@ -120,12 +138,10 @@ def test_a_folder_that_another_process_trains_into(command, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", b"\xff\xfe"])
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
-def test_a_finished_run_that_is_damaged(command, train, tmp_path, name, content):
-    train(epochs=1)
-    file = tmp_path / "run" / name
+def test_a_finished_run_that_is_damaged(command, finished, name, content):
+    file = finished / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    words = ["train", *as_flags({**TINY, "epochs": 1}), "--out", tmp_path / "run", "--resume"]
-    status, _, err = command(*words)
+    status, _, err = command("train", *as_flags(SHORT), "--out", finished, "--resume")
     assert status == 2
     assert f"{name} is damaged" in err.splitlines()[-1]
 
@@ -148,18 +164,17 @@ def test_damaged_data(command, tmp_path):
 
 
 def test_labels_without_outputs(command, train, small_cifar10, tmp_path):
-    train(data="cifar10", data_dir=small_cifar10, verify=False, batch_size=50)
+    train(data="cifar10", data_dir=small_cifar10, verify=False, batch_size=50, epochs=1)
     status, _, err = command("evaluate", tmp_path / "run", "--data", "digits")
     assert status == 2
     assert "channels" in err
-    train(out="digits", num_classes=10)
+    train(out="digits", num_classes=10, epochs=1)
     status, _, err = command("evaluate", tmp_path / "digits", "--data", "nothing")
     assert status == 2
     assert "unknown data set 'nothing'" in err
 
 
-def test_more_classes_than_outputs_in_evaluation(command, train, tmp_path, monkeypatch):
-    train()
+def test_more_classes_than_outputs_in_evaluation(command, finished, monkeypatch):
     wide = revdata.load("digits", "test")
     more = type(wide)(
         "more",
@@ -171,21 +186,20 @@ def test_more_classes_than_outputs_in_evaluation(command, train, tmp_path, monke
         wide.std,
     )
     monkeypatch.setattr("revtrain.data.revdata.load", lambda *_, **__: more)
-    status, _, err = command("evaluate", tmp_path / "run")
+    status, _, err = command("evaluate", finished)
     assert status == 2
     assert "11 classes" in err
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_damaged_runs(command, train, tmp_path, name):
-    train(epochs=1)
-    file = tmp_path / "run" / name
+def test_damaged_runs(command, finished, name):
+    file = finished / name
     file.write_bytes(file.read_bytes()[:100])
-    status, _, err = command("evaluate", tmp_path / "run")
+    status, _, err = command("evaluate", finished)
     assert status == 2
     assert f"{name} is damaged" in err
     file.unlink()
-    status, _, err = command("evaluate", tmp_path / "run")
+    status, _, err = command("evaluate", finished)
     assert status == 2
     assert name in err
 

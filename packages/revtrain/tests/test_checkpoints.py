@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,20 +61,18 @@ DAMAGES = {
 def halves(tmp_path_factory):
     """A whole run, and the same stopped after its first epoch, with checkpoints of steps 4 and 6.
 
-    Writes the whole one once, and a fresh copy of the other for each test.
+    Trains both once, and copies the other for each test.
     """
     root = tmp_path_factory.mktemp("halves")
     options = {**TINY, "epochs": 1, "save_every": 2}
     revtrain.train(revtrain.TrainConfig(**options, out=root / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", None)  # a TypeError stands for the process's end
+        with pytest.raises(TypeError):
+            revtrain.train(revtrain.TrainConfig(**options, out=root / "half"))
 
     def stopped(out):
-        evaluate = Trainer._evaluate
-        Trainer._evaluate = None  # a TypeError stands for the end of the process
-        try:
-            with pytest.raises(TypeError):
-                revtrain.train(revtrain.TrainConfig(**options, out=out))
-        finally:
-            Trainer._evaluate = evaluate
+        shutil.copytree(root / "half", out)
         return options
 
     return root / "whole", stopped
@@ -169,7 +168,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk(command, train, tmp_path, small_disk):
+def test_a_full_disk(command, plain, small_disk):
     folder, resize = small_disk
     words = ["train", *as_flags(TINY), "--out", folder / "run"]
     status, _, err = command(*words)
@@ -187,8 +186,7 @@ def test_a_full_disk(command, train, tmp_path, small_disk):
     assert resize("10M")
     status, _, err = command(*words, "--resume")
     assert status == 0, err
-    train(out="whole")
-    assert_same_run(folder / "run", tmp_path / "whole")
+    assert_same_run(folder / "run", plain.run_folder)
 
 
 def test_a_disk_that_was_full_before(command, small_disk):

@@ -36,11 +36,10 @@ def test_the_main_job_then_evaluate(tmp_path):
     assert f"digits test accuracy {accuracy} (355 images" in evaluated.stdout
 
 
-def test_the_command_does_what_python_does(command, train, tmp_path):
-    status, _, _ = command("train", *as_flags(TINY), "--out", tmp_path / "command")
+def test_the_command_does_what_python_does(command, plain, tmp_path):
+    status, _, _ = command("train", *as_flags(TINY), "--out", tmp_path / "run")
     assert status == 0
-    train(out="python")
-    one, other = (tmp_path / name / "model.safetensors" for name in ("command", "python"))
+    one, other = (folder / "model.safetensors" for folder in (tmp_path / "run", plain.run_folder))
     assert one.read_bytes() == other.read_bytes()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import assert_same_run, checkpoints, metrics, same, state
 from test_step import DEVICES, STEPS, Run
-from tiny import TINY, TORCHRUN, as_flags, launch
+from tiny import TINY, as_flags, launch_two
 from torch import nn
 
 import revtrain
@@ -24,13 +24,12 @@ def drift_of(folder):
     return [record["drift"] for record in metrics(folder)]
 
 
-def test_measuring_is_logged_and_changes_nothing(train, tmp_path):
+def test_measuring_is_logged_and_changes_nothing(train, plain, tmp_path):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
-    train(out="plain")
     train(out="measured", drift_every=3, drift_bound=1e-3, log_with=("tensorboard",))
-    plain, measured = tmp_path / "plain", tmp_path / "measured"
+    plain, measured = plain.run_folder, tmp_path / "measured"
     assert all(0 < drift < 1e-4 for drift in drift_of(measured))
     events = event_accumulator.EventAccumulator(str(measured / "logs" / "revtrain"))
     events.Reload()
@@ -55,8 +54,7 @@ def test_the_epoch_has_the_worst_of_its_steps_or_none(train, tmp_path):
     assert 0 < rare[1] <= each[1]
 
 
-def test_past_the_bound_the_run_stops_and_goes_on_from_before(command, train, tmp_path):
-    train(out="plain")
+def test_past_the_bound_the_run_stops_and_goes_on_from_before(command, train, plain, tmp_path):
     words = ["train", *as_flags({**TINY, **PAST, "save_every": 2}), "--out", tmp_path / "run"]
     status, out, err = command(*words)
     assert (status, out) == (1, "")
@@ -69,7 +67,7 @@ def test_past_the_bound_the_run_stops_and_goes_on_from_before(command, train, tm
     saved = [path.name for path in checkpoints(tmp_path / "run")]
     assert saved == ["step-00000000", "step-00000002"]
     train(resume=True)
-    assert_same_run(tmp_path / "run", tmp_path / "plain")
+    assert_same_run(tmp_path / "run", plain.run_folder)
 
 
 def test_the_error_has_what_it_says_and_a_checkpoint_behind_it(train, tmp_path):
@@ -206,7 +204,7 @@ os._exit(0)
 def test_drift_of_one_process_stops_all(tmp_path):
     script = tmp_path / "one_rank.py"
     script.write_text(ONE_RANK)
-    done = launch(*TORCHRUN, script, Path(__file__).parent, ACCELERATE_USE_CPU="true")
+    done = launch_two(script, Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     one, other = done.stdout.splitlines()
     assert one == other

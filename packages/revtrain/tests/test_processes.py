@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import TINY, TORCHRUN, as_flags, launch
+from tiny import TINY, TORCHRUN, as_flags, launch, launch_two
 
 import revdata
 from revtrain.data import make_loader
@@ -18,7 +18,7 @@ def curve(folder):
     return [[json.loads(line)[key] for key in keys] for line in lines]
 
 
-def test_two_processes_train_to_the_loss_curve_of_one(train, tmp_path):
+def test_two_processes_train_to_the_loss_curve_of_one(plain, tmp_path):
     out = tmp_path / "two"
     words = ("-m", "revtrain", "train", *as_flags({**TINY, "cpu": False})[:-1])
     words = [word for word in (*words, "--out", out) if word != "--no-cpu"]
@@ -26,14 +26,13 @@ def test_two_processes_train_to_the_loss_curve_of_one(train, tmp_path):
     assert two.returncode == 0, two.stderr
     assert json.loads((out / "config.json").read_text())["hardware"]["processes"] == 2
     assert two.stdout.count("test accuracy") == 1
-    train(out="one")
     # In float32 rounding grows to some 1e-4 of a loss in 14 steps, and one or two of 355 images
     # fall on the other side; that the processes compute the same is shown below, in float64.
     torch.testing.assert_close(
-        torch.tensor(curve(out)), torch.tensor(curve(tmp_path / "one")), rtol=1e-3, atol=6e-3
+        torch.tensor(curve(out)), torch.tensor(curve(plain.run_folder)), rtol=1e-3, atol=6e-3
     )
 
-    evaluated = launch(*TORCHRUN, "-m", "revtrain", "evaluate", out, "--cpu")
+    evaluated = launch_two("-m", "revtrain", "evaluate", out, "--cpu")
     assert evaluated.returncode == 0, evaluated.stderr
     accuracy = json.loads((out / "summary.json").read_text())["test_accuracy"]
     assert evaluated.stdout.count(f"accuracy {accuracy:.2%}") == 1
@@ -47,7 +46,6 @@ import torch.nn.functional as F
 import revdata, revmodels
 from revtrain.sync_batchnorm import synchronize_batchnorm
 
-torch.distributed.init_process_group("gloo")
 rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 digits = revdata.load("digits", "train")
 x, labels = digits.images.double() / 255, digits.labels
@@ -80,7 +78,7 @@ os._exit(0)
 def test_two_processes_are_one_but_for_rounding(tmp_path):
     script = tmp_path / "steps.py"
     script.write_text(STEPS_IN_FLOAT64)
-    done = launch(*TORCHRUN, script)
+    done = launch_two(script)
     assert done.returncode == 0, done.stderr
 
 
@@ -143,6 +141,6 @@ os._exit(0)
 def test_a_bad_batch_of_one_process_is_named_by_all(tmp_path):
     script = tmp_path / "bad_rank.py"
     script.write_text(BAD_RANK)
-    done = launch(*TORCHRUN, script, Path(__file__).parent, ACCELERATE_USE_CPU="true")
+    done = launch_two(script, Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at step 2, on rank 1: the first such number is in the images") == 2

@@ -21,9 +21,9 @@ def rates(recipe, steps):
     optimizer = make_optimizer(nn.Linear(2, 2), recipe)
     scheduler = make_scheduler(optimizer, recipe, steps)
     seen = []
+    optimizer.step()  # one that a scheduler wants to have come first
     for _ in range(steps):
         seen.append(scheduler.get_last_lr()[0])
-        optimizer.step()
         scheduler.step()
     return torch.tensor(seen, dtype=torch.float64)
 

@@ -103,7 +103,7 @@ def test_stopped_again_and_again(train, stop_at, whole, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "epochs": 1},
         {"loader": "torch"},
         {"model": "resnet32", "recipe": "paper"},
         {"stored": True, "deterministic": True},
@@ -197,6 +197,7 @@ def test_signals_that_are_ignored_stay_so():
         signal.signal(signal.SIGINT, old)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_command_line_says_how_to_go_on(command, stop_at, whole, tmp_path):
     words = ["train", *as_flags(TINY), "--out", tmp_path / "run"]
     stop_at(5, signal.SIGINT)

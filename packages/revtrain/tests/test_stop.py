@@ -10,14 +10,15 @@ import psutil
 import pytest
 import torch
 from runs import assert_same_run, checkpoints, metrics
-from tiny import TINY, TORCHRUN, as_flags, launch
+from tiny import TINY, TORCHRUN, as_flags, launch_two
 
 if os.name != "posix":
     pytest.skip("needs POSIX signals", allow_module_level=True)
 
 OPTIONS = {**TINY, "epochs": 6, "save_every": 5}
 TRAIN = ("-m", "revtrain", "train", *as_flags(OPTIONS))
-TWO = (*TORCHRUN, *(word for word in TRAIN if word != "--cpu"))
+OF_TWO = tuple(word for word in TRAIN if word != "--cpu")
+TWO = (*TORCHRUN, *OF_TWO)
 ONE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *TRAIN)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -64,7 +65,7 @@ class Started:
 def whole(tmp_path_factory):
     """Two processes, undisturbed."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = launch(*TWO, "--out", out, **ENVIRONMENT)
+    done = launch_two(*OF_TWO, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -101,7 +102,7 @@ def test_two_processes_killed_and_stopped(whole, tmp_path):
     assert status != 0
     assert f"stopped by SIGTERM at step {last_step(out)} of 42, saved" in err
 
-    done = launch(*TWO, "--out", out, "--resume", **ENVIRONMENT)
+    done = launch_two(*OF_TWO, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_run(out, whole)
 

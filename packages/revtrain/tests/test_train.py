@@ -26,13 +26,14 @@ def test_training_learns_and_evaluate_repeats_its_accuracy(train):
     assert (again.data, again.split, again.images) == ("digits", "test", 355)
 
 
-def test_reversing_and_stored_give_the_same_loss_curve(train):
-    reversing, stored = train(out="reversing"), train(out="stored", stored=True)
-    torch.testing.assert_close(curve(reversing), curve(stored), rtol=1e-4, atol=1e-5)
+def test_reversing_and_stored_give_the_same_loss_curve(train, plain):
+    stored = train(stored=True)
+    torch.testing.assert_close(curve(plain), curve(stored), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16"}], ids=str)
 def test_recomputing_changes_no_bit(train, options):
+    options = {**options, "epochs": 1}
     kept, recomputed = train(out="kept", **options), train(out="new", recompute=True, **options)
     assert curve(kept) == curve(recomputed)
     weights = [(run.run_folder / "model.safetensors").read_bytes() for run in (kept, recomputed)]
@@ -41,15 +42,16 @@ def test_recomputing_changes_no_bit(train, options):
     assert config["config"]["recompute"]
 
 
-def test_a_seed_gives_the_same_run_and_another_seed_another(train):
-    first, second, other = train(out="a"), train(out="b"), train(out="c", seed=1)
-    assert curve(first) == curve(second)
-    assert (first.run_folder / "model.safetensors").read_bytes() == (
-        second.run_folder / "model.safetensors"
+def test_a_seed_gives_the_same_run_and_another_seed_another(train, plain):
+    again, other = train(out="again"), train(out="other", seed=1)
+    assert curve(plain) == curve(again)
+    assert (plain.run_folder / "model.safetensors").read_bytes() == (
+        again.run_folder / "model.safetensors"
     ).read_bytes()
-    assert curve(first) != curve(other)
+    assert curve(plain) != curve(other)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_run_folder_tells_all(train):
     result = train()
     folder = result.run_folder
@@ -105,6 +107,7 @@ def test_steps_may_end_amid_an_epoch(train, tmp_path):
     assert result.summary["steps"] == 9
 
 
+@pytest.mark.usefixtures("pictures")
 def test_val_never_sees_the_test_images(train, monkeypatch):
     seen = []
     load = revtrain.data.revdata.load
@@ -142,14 +145,21 @@ def test_other_choices_train_and_evaluate_too(train, options):
     assert again.accuracy == result.summary["test_accuracy"]
 
 
+@pytest.fixture(scope="module")
+def half_precision(tmp_path_factory):
+    """A run of one epoch in bfloat16, of which each test says on which device it was."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    options = {**TINY, "blocks": (1, 1, 1), "epochs": 1, "mixed_precision": "bf16"}
+    return revtrain.train(revtrain.TrainConfig(**options, out=out)).run_folder
+
+
 @pytest.mark.parametrize(
     ("device", "asked", "expected"),
     [("cpu", None, "bf16"), ("cuda", None, "no"), ("cuda", "bf16", "bf16"), ("cpu", "no", "no")],
 )
-def test_evaluation_of_a_gpu_run_on_a_cpu(train, monkeypatch, device, asked, expected):
+def test_evaluation_of_a_gpu_run_on_a_cpu(half_precision, monkeypatch, device, asked, expected):
     """In half precision most CPUs take half an hour for what takes them a minute in float32."""
-    result = train(mixed_precision="bf16", epochs=1)
-    file = result.run_folder / "config.json"
+    file = half_precision / "config.json"
     config = json.loads(file.read_text())
     config["hardware"]["device"] = device
     file.write_text(json.dumps(config))
@@ -159,20 +169,21 @@ def test_evaluation_of_a_gpu_run_on_a_cpu(train, monkeypatch, device, asked, exp
         "revtrain.evaluation.make_accelerator",
         lambda **options: found.append(options) or make(**options),
     )
-    revtrain.evaluate(result.run_folder, cpu=True, mixed_precision=asked)
+    revtrain.evaluate(half_precision, cpu=True, mixed_precision=asked)
     assert found == [{"cpu": True, "mixed_precision": expected}]
 
 
-def test_both_loaders_train_alike(train):
+def test_both_loaders_train_alike(train, plain):
     """Without augmentation they make the same batches."""
-    device, workers = train(out="device"), train(out="torch", loader="torch")
-    torch.testing.assert_close(curve(device), curve(workers), rtol=1e-3, atol=1e-4)
+    workers = train(loader="torch")
+    torch.testing.assert_close(curve(plain), curve(workers), rtol=1e-3, atol=1e-4)
 
 
 def test_precision_does_not_leak_into_the_next_run(train):
-    train(out="bf16", mixed_precision="bf16", epochs=1)
-    plain = train(out="plain", epochs=1)
-    config = json.loads((plain.run_folder / "config.json").read_text())
+    short = {"blocks": (1, 1, 1), "epochs": 1}
+    train(out="bf16", mixed_precision="bf16", **short)
+    next_ = train(out="next", **short)
+    config = json.loads((next_.run_folder / "config.json").read_text())
     assert config["hardware"]["mixed_precision"] == "no"
 
 

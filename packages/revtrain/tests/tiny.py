@@ -19,6 +19,27 @@ TINY = {
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
+# Two processes for tests that are about these, and not about a launcher: imports are paid for once.
+_TWO = """
+import os, runpy, sys, tempfile
+import sklearn.datasets, torch, torch._dynamo
+import revtrain.trainer
+
+def run(rank, store, words):
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    sys.argv = words
+    if words[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0])
+
+with tempfile.TemporaryDirectory() as folder:
+    arguments = (f"{folder}/store", sys.argv[1:])
+    torch.multiprocessing.start_processes(run, arguments, 2, start_method="fork")
+"""
+
 
 def as_flags(options):
     """Spells keyword arguments of TrainConfig as the command line does."""
@@ -45,6 +66,12 @@ def launch(*words, **environment):
         timeout=300,
         check=False,
     )
+
+
+def launch_two(*words):
+    """Runs a command line in two processes, which have a process group already."""
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return launch("-c", _TWO, *words, ACCELERATE_USE_CPU="true", **sizes)
 
 
 def write_small_cifar10(root):
