@@ -2,6 +2,7 @@
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling, bounded_adapter, exp_adapter, sigmoid_adapter
+from revcore.block import ReversibleBlock
 from revcore.check import BlockCheck, InvertibilityReport, check_invertible
 from revcore.coupling import Coupling
 from revcore.destination import Destination, get_destination
@@ -12,7 +13,8 @@ from revcore.known import self_contained
 from revcore.memory import track_memory
 from revcore.recompute import recompute
 from revcore.remember import remember
-from revcore.sequential import ReversibleBlock, ReversibleSequential, set_reversing
+from revcore.reversible import set_reversing
+from revcore.sequential import ReversibleSequential
 
 __all__ = [
     "AdditiveCoupling",

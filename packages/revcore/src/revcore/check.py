@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revcore.block import ReversibleBlock
 from revcore.coupling import Coupling
-from revcore.sequential import ReversibleBlock, ReversibleSequential, set_reversing
-from revcore.streams import Streams
+from revcore.reversible import set_reversing
+from revcore.sequential import ReversibleSequential
+from revcore.streams import Streams, as_streams
 
 Call = tuple[str, Streams, dict[str, Any]]
 
@@ -151,17 +153,17 @@ def _find_problem(
 ) -> str | None:
     one, two = duplicate(block), duplicate(block)
     with _fork(x):
-        y, other = (several(one(*x, **kwargs)) for _ in range(2))
+        y, other = (as_streams(one(*x, **kwargs)) for _ in range(2))
     with _fork(x):
-        change = relative_error(several(two(*x, **kwargs)), y)
+        change = relative_error(as_streams(two(*x, **kwargs)), y)
     if change > limit:
         return (
             f"not deterministic: two runs from one random state differ by {change:.1e}. torch's "
             "random numbers are replayed, those of Python, NumPy or other generators are not"
         )
     if relative_error(other, y) > limit:
-        y = several(one.eval()(*x, **kwargs))
-    errors["inverse_error"] = undone = relative_error(several(one.inverse(*y, **kwargs)), x)
+        y = as_streams(one.eval()(*x, **kwargs))
+    errors["inverse_error"] = undone = relative_error(as_streams(one.inverse(*y, **kwargs)), x)
     is_chain = isinstance(block, ReversibleSequential)
     # The inverse of a chain does not restart from kept inputs, the backward pass does.
     if undone > limit and not any(getattr(part, "keep_input", False) for part in block.children()):
@@ -189,7 +191,7 @@ def _gradients(
     set_reversing(chain, reversing)
     with torch.enable_grad(), _fork(x):
         leaves = [stream.detach().requires_grad_() for stream in x]
-        y = several(chain(*leaves, **kwargs))
+        y = as_streams(chain(*leaves, **kwargs))
         seeds = [torch.linspace(0.5, 1.5, t.numel()).view_as(t).to(t) for t in y]
         wanted = leaves + [p for p in chain.parameters() if p.requires_grad]
         return list(torch.autograd.grad(y, wanted, seeds, allow_unused=True))
@@ -213,11 +215,6 @@ def _fork(x: Sequence[Any]) -> AbstractContextManager[None]:
     device = next((each.device for each in x if isinstance(each, Tensor)), torch.device("cpu"))
     devices = [] if device.type == "cpu" else [device]
     return torch.random.fork_rng(devices, device_type=device.type)
-
-
-def several(y: Any) -> Streams:
-    """Returns a tuple of what a module returned, a tensor or a tuple of them."""
-    return y if isinstance(y, tuple) else (y,)
 
 
 def relative_error(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:

@@ -284,11 +284,15 @@ def find_fault(
                     refuse_foreign_leaves(stream, known, "a branch or a coupling")
         except RandomnessError:
             return RANDOM
-        except ForeignLeafError as error:
+        except (ForeignLeafError, _ChangedBufferError) as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - of the user's code
             return f"a branch cannot be run without data: {type(error).__name__}: {error}. {WAYS}"
     return ""
+
+
+class _ChangedBufferError(RuntimeError):
+    """A branch changes a buffer, of which there would be no copy from before."""
 
 
 class _Probe(_Function):
@@ -304,7 +308,7 @@ class _Probe(_Function):
             counts = name.endswith("num_batches_tracked")  # which no normalization reads
             if not counts and (now.get(name) is not buffer or buffer._version != version):
                 kind = type(branch).__name__
-                raise ForeignLeafError(
+                raise _ChangedBufferError(
                     f"branch {kind} changes its buffer {name!r}, which a compiled chain cannot "
                     f"repeat. {WAYS}"
                 )

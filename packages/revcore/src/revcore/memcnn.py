@@ -20,8 +20,8 @@ import torch
 from torch import Size, Tensor, nn
 
 import revcore
-from revcore.check import duplicate, several
-from revcore.streams import Streams
+from revcore.check import duplicate
+from revcore.streams import Streams, as_streams
 
 __all__ = [
     "AdditiveCoupling",
@@ -234,12 +234,12 @@ class _Packed(nn.Module):
         self.before = [(tensor.shape, tensor.dtype) for tensor in x]
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        y = several(self.ways[0](*_unpack(x, self.before), **kwargs))
+        y = as_streams(self.ways[0](*_unpack(x, self.before), **kwargs))
         self.after = [(tensor.shape, tensor.dtype) for tensor in y]
         return _pack(y)
 
     def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
-        return _pack(several(self.ways[1](*_unpack(y, self.after), **kwargs)))
+        return _pack(as_streams(self.ways[1](*_unpack(y, self.after), **kwargs)))
 
 
 def _pack(x: Streams) -> Tensor:
@@ -346,9 +346,9 @@ def is_invertible_module(
     draw = partial(torch.rand, dtype=test_input_dtype, generator=random)
     with torch.no_grad():
         x = tuple(draw(shape).to(device) for shape in shapes)
-        y = several(fn(*x))
-        back = several(fn.inverse(*y))
-        again = several(fn(*back))
+        y = as_streams(fn(*x))
+        back = as_streams(fn.inverse(*y))
+        again = as_streams(fn(*back))
     for way, tensors in (("forward", x + y), ("inverse", y + back)):
         if len(set(map(id, tensors))) < len(tensors):
             warnings.warn(f"{way} returns its input, or a tensor twice", UserWarning, stacklevel=2)

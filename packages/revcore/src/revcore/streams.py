@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,12 @@ def join(x: Sequence[Tensor], streams: Streams, split_dim: int) -> Tensor | Stre
     return streams[0] if len(streams) == 1 else torch.cat(streams, split_dim)
 
 
+def as_streams(y: Any) -> Streams:
+    """Returns a tuple of what a module returned, a tensor or a tuple of them."""
+    return y if isinstance(y, tuple) else (y,)
+
+
 def with_log_det(y: Tensor | Streams, log_dets: Sequence[Tensor]) -> Streams:
     """Appends the sum of log-determinants, of shape (batch,), to a tensor or streams."""
-    streams = (y,) if isinstance(y, Tensor) else y
+    streams = as_streams(y)
     return (*streams, sum(log_dets, streams[0].new_zeros(len(streams[0]))))

@@ -1,0 +1,181 @@
+"""What a block and a chain share: they run reversed or stored, there and back, compiled or not."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from revcore.arguments import tensors_of
+from revcore.compiled import WAYS, find_fault, run_compiled
+from revcore.engine import reverse
+from revcore.known import is_known
+from revcore.step import Step
+from revcore.streams import Streams, join, split, with_log_det
+
+F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=nn.Module)
+
+
+def _constant(method: F) -> F:
+    """Does what torch._dynamo.assume_constant_result does, without its import, of seconds."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
+
+
+@_constant
+def _can_reverse_compiled() -> bool:
+    """Tells whether a node of our own can be traced: not for export, nor inside of a transform."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)()
+    return not exporting and torch._C._functorch.peek_interpreter_stack() is None
+
+
+class Reversible(nn.Module):
+    """What a block and a chain share: two directions, reversed or stored, compiled or not.
+
+    Attributes:
+        reversing: Whether to reverse (True) or store activations as plain autograd does.
+        overlap: Whether a CUDA graph that is captured rebuilds each half-step while the one after
+            it is differentiated, on a second stream: faster, with the memory of one more half-step.
+        split_dim: Dimension along which a single input tensor is split.
+        log_det: Whether to return the log-determinant too.
+    """
+
+    reversing: bool
+    overlap: bool
+    split_dim: int
+    log_det: bool = False
+
+    def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps one tensor to one tensor, or streams to a tuple of as many.
+
+        Args:
+            x: One tensor, which is split in equal parts along `split_dim`, or the streams, which
+                may be of any sizes that the branches fit.
+            kwargs: Passed to every branch. Tensors among them get their gradients.
+
+        Returns:
+            A tensor like the input, or a tuple of streams. With `log_det`, log |det J| of each
+            sample comes behind it, of shape (batch,): `z, log_det = chain(x)`.
+
+        Raises:
+            ValueError: If a single tensor cannot be split in equal streams.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled(x, kwargs, inverted=False)
+        return reverse(self, self._forward, x, kwargs)
+
+    def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
+        """Maps the output of `forward` back to its input, up to rounding.
+
+        Takes, returns and raises what `forward` does, and keeps no activations either. The
+        log-determinant is that of the inverse.
+        """
+        if torch.compiler.is_compiling():
+            return self._compiled(y, kwargs, inverted=True)
+        return reverse(self, self._inverse, y, kwargs)
+
+    @property
+    @abstractmethod
+    def streams(self) -> int:
+        """How many streams a single input tensor is split in."""
+
+    @abstractmethod
+    def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        """Runs all steps, by the eager engine."""
+
+    @abstractmethod
+    def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
+        """Undoes all steps, by the eager engine."""
+
+    @abstractmethod
+    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
+        """Lists the steps for so many streams, and the numbers of those whose input is kept."""
+
+    def _compiled(
+        self, x: tuple[Tensor, ...], kwargs: dict[str, Any], *, inverted: bool
+    ) -> Tensor | Streams:
+        streams = split(x, self.split_dim, self.streams)
+        steps, kept = self._plan(len(streams), inverted=inverted)
+        reversing = self.reversing and torch.is_grad_enabled() and _can_reverse_compiled()
+        if reversing and len(tensors_of(kwargs)) > sum(
+            isinstance(v, Tensor) for v in kwargs.values()
+        ):
+            raise RuntimeError(
+                "a compiled chain takes tensors as arguments, but none inside of lists, tuples or "
+                "dicts; pass each by a keyword of its own"
+            )
+        if reversing and not self._is_known():
+            names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+            constants = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
+            tensors = [*streams, *(kwargs[name] for name in names)]
+            # By way of text, because only constants can be passed, and a size that has been another
+            # one before is a symbol, which stays one under int() alone.
+            shapes = [[int(f"{size}") for size in tensor.shape] for tensor in tensors]
+            dtypes = [tensor.dtype for tensor in tensors]
+            device = str(tensors[0].device)
+            fault = self._find_fault(inverted, shapes, dtypes, device, names, constants=constants)
+            if fault:
+                raise RuntimeError(fault)
+        if self.log_det:
+            steps = [step.measured() for step in steps]
+        outputs = run_compiled(steps, kept, streams, kwargs, reversing=reversing)
+        y = join(x, outputs[: len(streams)], self.split_dim)
+        return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
+
+    # Both run once, in Python, while Dynamo traces, which takes their results for constants.
+    @_constant
+    def _is_known(self) -> bool:
+        """Tells whether branches are made of torch's own modules, and have all parameters."""
+        steps, _ = self._plan(self.streams, inverted=False)
+        modules = [module for step in steps for module in step.branch.modules()]
+        held = {parameter for step in steps for parameter in step.branch.parameters()}
+        return all(map(is_known, modules)) and held.issuperset(self.parameters())
+
+    @_constant
+    def _find_fault(
+        self,
+        inverted: bool,
+        shapes: list[list[int]],
+        dtypes: list[torch.dtype],
+        device: str,
+        names: list[str],
+        *,
+        constants: dict[str, Any],
+    ) -> str:
+        steps, _ = self._plan(len(shapes) - len(names), inverted=inverted)
+        modules = (module for step in steps for module in step.branch.modules())
+        if any(isinstance(module, Reversible) for module in modules):
+            return f"a chain inside of a branch cannot be compiled with the one around it. {WAYS}"
+        return find_fault(steps, shapes, dtypes, device, names, constants=constants)
+
+
+def set_reversing(module: M, enabled: bool) -> M:
+    """Makes every reversible block and chain in a module reverse, or store its activations.
+
+    Both modes have the same state dict, and compute the same bits in the forward pass unless a
+    branch takes other kernels without gradients, as `nn.MultiheadAttention` does in evaluation.
+    Storing is faster and takes memory in proportion to depth; it allows what reversing cannot do,
+    such as double backward.
+
+    Args:
+        module: Any module.
+        enabled: True to reverse, False to store activations as plain autograd does.
+
+    Returns:
+        The same module.
+
+    Example:
+        >>> from torch import nn
+        >>> from revcore import ReversibleBlock
+        >>> block = set_reversing(ReversibleBlock(nn.Linear(4, 4)), False)
+        >>> block.reversing
+        False
+    """
+    for part in module.modules():
+        if isinstance(part, Reversible):
+            part.reversing = enabled
+    return module
