@@ -207,8 +207,9 @@ def test_a_chain_takes_no_other_blocks_later(put):
     assert len(chain) == 1
     longer = (chain + chain).insert(0, block())
     longer[1] = block()
-    assert type(longer) is revcore.ReversibleSequential
-    assert (len(longer), longer.split_dim, len(chain)) == (3, -1, 1)
+    for other in (longer, chain * 3, 3 * chain):
+        assert type(other) is revcore.ReversibleSequential
+        assert (len(other), other.split_dim, len(chain)) == (3, -1, 1)
 
 
 def test_lazy_buffers():

@@ -185,15 +185,18 @@ def test_unknown_name():
     [
         ({"block": "wide"}, "block='wide' is unknown"),
         ({"blocks": (2, 2)}, r"channels=\(8, 8, 16, 32\) must have one number .* blocks=\(2, 2\)"),
-        ({"blocks": (2, 0, 2)}, r"blocks must be positive, got \(2, 0, 2\)"),
+        ({"blocks": (2, 0, 2)}, r"blocks must be positive integers, got \(2, 0, 2\)"),
         ({"num_classes": 0}, r"num_classes must be positive"),
         ({"in_channels": -1}, r"in_channels must be positive"),
+        ({"num_classes": 2.5}, r"num_classes must be positive integers, got \(2.5,\)"),
+        ({"channels": (8.0, 8, 8, 8)}, r"channels must be positive integers, got \(8.0, 8, 8, 8\)"),
+        ({"blocks": 2}, r"blocks=2 must be a sequence of integers, one for each stage"),
     ],
 )
 @pytest.mark.parametrize("network", [revmodels.ResNet, revmodels.RevNet])
 def test_arguments_out_of_range(network, arguments, message):
     good = {"block": "basic", "blocks": (2, 2, 2), "channels": (8, 8, 16, 32)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         network(**(good | arguments))
 
 

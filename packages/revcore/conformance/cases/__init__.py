@@ -1,6 +1,8 @@
 """The cases, by theme."""
 
-from conformance.cases import gradients, uses, tensors, state, torch_features, memory, distributed  # noqa: I001, F401 - the order of the table
+# In the order of the table.
+from conformance.cases import gradients, uses, modules, tensors  # noqa: I001, F401
+from conformance.cases import state, torch_features, memory, distributed  # noqa: F401
 from conformance.questions import QUESTIONS
 
 __all__ = ["QUESTIONS"]

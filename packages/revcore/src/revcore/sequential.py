@@ -122,6 +122,12 @@ class ReversibleSequential(Reversible, nn.Sequential):
             part.append(block)
         return part
 
+    def __mul__(self, other: int) -> ReversibleSequential:
+        """Returns a chain of these blocks so many times over."""
+        part: ReversibleSequential = self[:]
+        part *= other
+        return part
+
     def __getitem__(self, index: slice | int) -> Any:
         """Returns a block, or for a slice the chain of those blocks, which share parameters."""
         if not isinstance(index, slice):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +152,9 @@ def _check(
 ) -> None:
     if block not in ("basic", "bottleneck"):
         raise ValueError(f"block={block!r} is unknown; use 'basic' or 'bottleneck'")
+    for name, values in (("blocks", blocks), ("channels", channels)):
+        if not isinstance(values, Sequence):
+            raise TypeError(f"{name}={values!r} must be a sequence of integers, one for each stage")
     if len(channels) != len(blocks) + 1:
         raise ValueError(
             f"channels={tuple(channels)} must have one number for the stem and one for each of the "
@@ -161,5 +166,9 @@ def _check(
         ("num_classes", (num_classes,)),
         ("in_channels", (in_channels,)),
     ):
-        if any(value < 1 for value in values):
-            raise ValueError(f"{name} must be positive, got {tuple(values)}")
+        if not all(map(_is_count, values)):
+            raise ValueError(f"{name} must be positive integers, got {tuple(values)}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and index(value) > 0

@@ -26,6 +26,7 @@ class ResNet(Network):
         in_channels: Channels of the images.
 
     Raises:
+        TypeError: If `blocks` or `channels` is no sequence.
         ValueError: If an argument is out of its range.
 
     Example:

@@ -92,6 +92,7 @@ class RevNet(Network):
             attribute of this name can be changed later.
 
     Raises:
+        TypeError: If `blocks` or `channels` is no sequence.
         ValueError: If an argument is out of its range, or a number of channels cannot be split.
 
     Example:
