@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from tiny import TINY
 from torch import nn
 
 from revcore import ReversibleBlock, ReversibleSequential
 from revtrain.accumulate import forward_backward
+from revtrain.config import TrainConfig
 from revtrain.launch import make_accelerator
+from revtrain.trainer import Trainer
 
 
 def net():
@@ -49,6 +52,11 @@ def test_a_run_in_parts_takes_the_same_steps(train, plain):
     losses = [[r["train_loss"] for r in result.metrics] for result in (plain, in_parts)]
     torch.testing.assert_close(*losses, rtol=0.1, atol=0)
     assert losses[0] != losses[1]
+
+
+def test_evaluation_holds_no_more_images_than_a_step(tmp_path):
+    trainer = Trainer(TrainConfig(**{**TINY, "out": tmp_path, "accumulate": 4}))
+    assert max(len(labels) for _, labels in trainer.test_loader) == TINY["batch_size"] // 4
 
 
 def test_the_environment_is_heard_and_the_option_wins(train, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from tiny import TINY, TORCHRUN, as_flags, launch, launch_two
 
 import revdata
-from revtrain.data import make_loader
+from revtrain.data import evaluation_batch, make_loader
 
 
 def curve(folder):
@@ -86,7 +86,9 @@ def test_any_number_of_processes_can_evaluate():
     images, seen = revdata.load("digits", "test"), []
     for rank in range(3):
         process = SimpleNamespace(num_processes=3, process_index=rank, device=torch.device("cpu"))
-        seen += [labels for _, labels in make_loader(images, 500, process)]
+        batch = evaluation_batch(200, 8, process)  # of eight processes, with 25 images each
+        seen += [labels for _, labels in make_loader(images, batch, process)]
+    assert max(map(len, seen)) == 25
     assert torch.cat(seen).sort().values.equal(images.labels.sort().values)
 
 

@@ -13,9 +13,6 @@ from revdata import ImageSet
 from revtrain.config import TrainConfig
 from revtrain.net import memory_format
 
-# Nothing is kept for a backward pass, so batches may be larger than in training.
-EVALUATION_BATCH = 500
-
 
 @dataclass(frozen=True)
 class Data:
@@ -70,7 +67,9 @@ def load_data(config: TrainConfig, accelerator: Accelerator) -> Data:
         cutout=recipe.cutout,
         seed=config.seed,
     )
-    test = make_loader(images, EVALUATION_BATCH, accelerator, kind=config.loader)
+    parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    batch = evaluation_batch(recipe.batch_size, parts, accelerator)
+    test = make_loader(images, batch, accelerator, kind=config.loader)
     return Data(train, test, split, num_classes, train_images.images.shape[1])
 
 
@@ -107,6 +106,20 @@ def refuse_more_classes(images: ImageSet, num_classes: int) -> None:
         )
 
 
+def evaluation_batch(batch_size: int, parts: int, accelerator: Accelerator) -> int:
+    """Returns a batch of which a process gets as many images as it held in training.
+
+    So evaluation needs no more memory than training did.
+
+    Args:
+        batch_size: Of training.
+        parts: In how many parts it was held: processes times `accumulate`.
+        accelerator: Evaluates.
+    """
+    processes: int = accelerator.num_processes
+    return max(batch_size // parts, 1) * processes
+
+
 def make_loader(
     images: ImageSet,
     batch_size: int,
@@ -123,8 +136,6 @@ def make_loader(
     # rank its part of every global batch already, in an order that does not depend on how many
     # there are. Accelerate's own sharding deals out whole batches instead, and resuming in
     # mid-epoch then sees other samples.
-    if not train:  # a recipe's batch size must suit the processes; this one is ours to choose
-        batch_size += -batch_size % accelerator.num_processes
     maker = revdata.TorchLoader if kind == "torch" else revdata.DeviceLoader
     return maker(
         images,

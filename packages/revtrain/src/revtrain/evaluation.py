@@ -18,7 +18,7 @@ import revdata
 from revmodels import set_fused
 from revtrain.capture import CapturedCall, why_not_capture
 from revtrain.config import Precision
-from revtrain.data import EVALUATION_BATCH, load_images, make_loader, refuse_more_classes
+from revtrain.data import evaluation_batch, load_images, make_loader, refuse_more_classes
 from revtrain.launch import make_accelerator
 from revtrain.meter import Averages, Meter
 from revtrain.net import to_device
@@ -148,7 +148,9 @@ def evaluate(
     # And by the same kernels; see TrainStep.
     captured = chosen["graph"] and trained_on["processes"] == 1
     set_fused(model, captured and why_not_capture(model) is None)
-    loader = make_loader(images, EVALUATION_BATCH, accelerator, kind=chosen["loader"])
+    parts = trained_on["processes"] * trained_on["accumulate"]
+    batch = evaluation_batch(config["recipe"]["batch_size"], parts, accelerator)
+    loader = make_loader(images, batch, accelerator, kind=chosen["loader"])
     console = Console(stderr=True)
     quiet = not (progress and console.is_terminal and accelerator.is_main_process)
     shown: Any = track(loader, "evaluating", console=console, transient=True, disable=quiet)
