@@ -6,25 +6,21 @@ for each branch in each step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 Autocast = tuple[tuple[str, torch.dtype], ...]
 """The kinds of device whose operations are cast, and to which dtype."""
 
 
-def autocast_now(device_type: str) -> Autocast:
-    """Reads the states that matter to code on a kind of device: its own and the CPU's."""
+def autocast_now(kinds: Sequence[str]) -> Autocast:
+    """Reads the states that matter to code on some kinds of device."""
     if not torch._C._is_any_autocast_enabled():
         return ()
     return tuple(
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in _kinds(device_type)
-        if torch.is_autocast_enabled(kind)
+        (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
     )
-
-
-def _kinds(device_type: str) -> tuple[str, ...]:
-    return ("cpu",) if device_type in ("cpu", "meta") else ("cpu", device_type)
 
 
 class no_autocast_cache:  # noqa: N801 - used as a function
@@ -46,12 +42,12 @@ class autocast_as(no_autocast_cache):  # noqa: N801 - used as a function
 
     Args:
         states: Those wanted.
-        device_type: Kind of device that they are for.
+        kinds: The kinds of device that they are for.
     """
 
-    def __init__(self, states: Autocast, device_type: str) -> None:
+    def __init__(self, states: Autocast, kinds: Sequence[str]) -> None:
         self._wanted = dict(states)
-        self._kinds = _kinds(device_type)
+        self._kinds = kinds
 
     def __enter__(self) -> None:
         super().__enter__()

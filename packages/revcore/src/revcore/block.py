@@ -48,6 +48,7 @@ class ReversibleBlock(Reversible):
             See `set_reversing`.
 
     Raises:
+        TypeError: If `coupling` is neither a name nor a function.
         ValueError: If `coupling` is an unknown name.
 
     Example:
@@ -79,6 +80,11 @@ class ReversibleBlock(Reversible):
                     "subclass of Coupling"
                 )
             coupling = _COUPLINGS[coupling]
+        if isinstance(coupling, nn.Module) or not callable(coupling):
+            raise TypeError(
+                f"coupling must be a name, or a function (f, g, split_dim=...) -> Coupling, got "
+                f"{type(coupling).__name__}; an object of a Coupling is a block already"
+            )
         self.coupling = coupling(f, copy.deepcopy(f) if g is None else g, split_dim=split_dim)
         self.split_dim = split_dim
         self.keep_input = keep_input

@@ -160,7 +160,8 @@ def _is_readable(buffer: _Buffer) -> bool:
 
 
 def _differs(buffer: _Buffer) -> Tensor:
-    return (_bits(buffer.value) != _bits(buffer.copy)).any()
+    one, two = _bits(buffer.value), _bits(buffer.copy)
+    return (one != two).any() if one.shape == two.shape else one.new_ones((), dtype=torch.bool)
 
 
 def _bits(tensor: Any) -> Tensor:

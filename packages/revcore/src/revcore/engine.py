@@ -122,6 +122,8 @@ class _StepsNode(torch.autograd.Function):
                 "activations where you need second derivatives: "
                 "revcore.set_reversing(model, False)."
             )
+        if torch.is_inference_mode_enabled():
+            return outside_inference(_StepsNode.backward, ctx, *grads)
         tape, steps, count, changed = ctx.visit
         every: list[Tensor | None] = [None] * count
         for index, grad in zip(changed, grads):  # noqa: B905 - log-determinants may follow
@@ -130,6 +132,14 @@ class _StepsNode(torch.autograd.Function):
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         found = tape.differentiate(steps, every, retain=retain)
         return (None, *every, *found)
+
+
+def outside_inference(
+    backward: Callable[..., tuple[Tensor | None, ...]], ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Differentiates outside of inference mode, in which no graph can be made again."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        return backward(ctx, *(None if grad is None else grad.clone() for grad in grads))
 
 
 _Records = list[tuple[Step, Replay]]

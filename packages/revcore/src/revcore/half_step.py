@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore.graph import refuse_foreign_leaves
-from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add
+from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add, log_det_of
 
 
 class Scheme(ABC):
@@ -184,8 +184,8 @@ class HalfStep(Step):
     def _measure(self, a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         new = self._change(a, t)
         if self.inverted:
-            return new, -self.scheme.log_det(new, t)
-        return new, self.scheme.log_det(a, t)
+            return new, -log_det_of(new, self.scheme.log_det(new, t), self.scheme)
+        return new, log_det_of(a, self.scheme.log_det(a, t), self.scheme)
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
         t = again.repeat(streams[self.source])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revcore.step import Again, Differentiate, Gradients, Pullback, Step
+from revcore.step import Again, Differentiate, Gradients, Pullback, Step, log_det_of
 
 
 class InvertibleStep(Step):
@@ -62,9 +62,10 @@ class InvertibleStep(Step):
     def _measure(self, x: Tensor, **kwargs: Any) -> Tensor:
         if self.inverted:
             y = self.branch.inverse(x, **kwargs)
-            log_det = -self.branch.log_det(y, **kwargs)
+            log_det = -log_det_of(y, self.branch.log_det(y, **kwargs), self.branch)
         else:
-            y, log_det = self.branch(x, **kwargs), self.branch.log_det(x, **kwargs)
+            y = self.branch(x, **kwargs)
+            log_det = log_det_of(x, self.branch.log_det(x, **kwargs), self.branch)
         if not torch.compiler.is_compiling():  # which cannot trace that
             self._dtype = y.dtype
         return self._pack(y, log_det)
@@ -76,8 +77,7 @@ class InvertibleStep(Step):
         """
         shape = list(x.shape)
         shape[self.split_dim] = 1
-        log_det = log_det.expand(len(x))[:, None]
-        channel = nn.functional.pad(log_det, (0, math.prod(shape[1:]) - 1)).view(shape)
+        channel = nn.functional.pad(log_det[:, None], (0, math.prod(shape[1:]) - 1)).view(shape)
         dtype = torch.promote_types(x.dtype, log_det.dtype)
         return torch.cat((x.to(dtype), channel.to(dtype)), self.split_dim)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,16 @@ _PLAIN: frozenset[type[nn.Module]] = frozenset(
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 _KNOWN = _PLAIN.union(BATCH_NORMS)
+
+# What runs when they are called, which somebody may replace.
+_CODE = frozenset({"forward", "_conv_forward"})
+
+
+def _code_of(kind: Any) -> list[Any]:
+    return [getattr(kind, name, None) for name in _CODE]
+
+
+_FOUND = {kind: _code_of(kind) for kind in _KNOWN}
 
 # Modules whose results come from what they hold and from their arguments alone. The list need not
 # be complete.
@@ -45,12 +55,19 @@ def self_contained(module: M) -> M:
     Returns:
         The same class.
 
+    Raises:
+        TypeError: If `module` is no class.
+
     Example:
         >>> @self_contained
         ... class Square(nn.Module):
         ...     def forward(self, x):
         ...         return x * x
     """
+    if not isinstance(module, type):
+        raise TypeError(
+            f"module must be a class, got an object of {type(module).__name__}; decorate its class"
+        )
     _CONTAINED.add(module)
     return module
 
@@ -83,4 +100,9 @@ def is_known(module: nn.Module) -> bool:
 
 def _is_changed(module: nn.Module) -> bool:
     """Tells whether something else runs with a module, or in its place."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    kind: Any = type(module)
+    return (
+        bool(module._forward_hooks or module._forward_pre_hooks)
+        or not _CODE.isdisjoint(module.__dict__)
+        or (kind in _KNOWN and _code_of(kind) != _FOUND[kind])
+    )

@@ -15,8 +15,8 @@ class track_memory(TorchDispatchMode):  # noqa: N801 - used as a function: `with
     """Creates a context that counts the bytes of tensor storage created inside it.
 
     It sees every storage that an operation returns, whoever holds it: autograd, a Python
-    attribute, the caller. It sees no workspace that a kernel allocates and frees by itself. Both
-    counters can be read inside the context and after it.
+    attribute, the caller. It sees no workspace that a kernel allocates and frees by itself, and
+    no sparse tensors. Both counters can be read inside the context and after it.
 
     Attributes:
         live_bytes: Bytes of the storages created in the context that are still alive.
@@ -48,11 +48,11 @@ class track_memory(TorchDispatchMode):  # noqa: N801 - used as a function: `with
         kwargs = kwargs or {}
         # What came from outside is not counted, nor are results that share its storage.
         for tensor in tree_iter((args, kwargs)):
-            if isinstance(tensor, torch.Tensor):
+            if _has_storage(tensor):
                 self._known.add(tensor.untyped_storage())
         result = func(*args, **kwargs)
         for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
+            if _has_storage(tensor):
                 self._count(tensor.untyped_storage())
         return result
 
@@ -67,3 +67,7 @@ class track_memory(TorchDispatchMode):  # noqa: N801 - used as a function: `with
 
     def _forget(self, size: int) -> None:
         self.live_bytes -= size
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided

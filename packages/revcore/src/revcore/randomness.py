@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import string_at
 from typing import Any, NamedTuple
 
@@ -30,17 +30,22 @@ _CPU = torch.device("cpu")
 _last: dict[torch.device, State] = {}
 
 
-def get_states(x: Tensor) -> States:
-    """Reads the generators that code on the device of `x` can draw from: its own and the CPU's.
+def get_states(devices: Sequence[torch.device]) -> States:
+    """Reads the generators that code on some devices can draw from: theirs and the CPU's.
 
     While a CUDA graph is being captured a generator's state cannot be read, and there is none to
     replay: see `RefuseRandomness`.
     """
-    if x.is_cpu or x.is_meta:
-        return [_read(_CPU)]
-    if is_capturing(x.device):
+    others = [device for device in devices if device.type not in ("cpu", "meta")]
+    if any(map(is_capturing, others)):
         return []
-    return [_read(_CPU), _read(x.device)]
+    return [_read(_CPU), *map(_read, others)]
+
+
+def set_states(states: States) -> None:
+    """Sets generators to states that were read."""
+    for device, state, _ in states:
+        _set(device, state)
 
 
 def _is_either(one: State, two: State) -> bool:
@@ -67,8 +72,7 @@ def draw_again(before: States, after: States, run: Callable[[], Tensor], message
     """
     outside = [(state.device, _get(state.device)) for state in before]
     try:
-        for device, state, _ in before:
-            _set(device, state)
+        set_states(before)
         t = run()
         # A state that did not move now was moved by another thread then: no harm.
         if all(map(_is_either, before, after)):

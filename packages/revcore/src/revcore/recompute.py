@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore.arguments import tensors_of
-from revcore.engine import can_reverse
+from revcore.engine import can_reverse, outside_inference
 from revcore.replay import Replay, Seen
 from revcore.survey import Group
 from revcore.tape import Saved
@@ -44,6 +44,8 @@ class _RecomputeNode(torch.autograd.Function):
                 "a recomputed module cannot be differentiated twice (create_graph=True). Call it "
                 "without revcore.recompute where you need second derivatives."
             )
+        if torch.is_inference_mode_enabled():
+            return outside_inference(_RecomputeNode.backward, ctx, grad)
         if ctx.saved is None:
             raise RuntimeError(_SECOND_TIME)
         (x,) = ctx.saved.get()
@@ -75,7 +77,7 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         What the module returns.
 
     Raises:
-        TypeError: If `module` is no module, or does not return one tensor.
+        TypeError: If `module` is no module, `x` no tensor, or `module` does not return one tensor.
         RuntimeError: If the module changes its input in place; in the backward pass, if the input
             or a parameter has been changed, or for a second derivative.
 
@@ -89,6 +91,8 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
             f"module must be an nn.Module, got {type(module).__name__}; make the function or "
             "method the forward of a module"
         )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be one tensor, got {type(x).__name__}; pass others by keyword")
     if not torch.compiler.is_compiling() and can_reverse():
         group = Group([module])
         seen = Seen(group, kwargs, tensors_of(kwargs))

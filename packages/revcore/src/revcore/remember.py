@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from revcore.randomness import NO_STATES, States, get_states, set_states
+
 Tensors = tuple[Tensor, ...]
+
+_OTHER_CALLS = (
+    "a reversible branch calls revcore.remember {} often when it is repeated than in its first "
+    "run, so it is not the same computation"
+)
 
 
 class Memory:
@@ -18,25 +25,38 @@ class Memory:
         again: Whether the run is a repetition, which is given what the first one remembered.
         position: How many results this run has asked for.
         outer: The memory of a branch around this one.
+        draws: Devices of the random generators that the branch may draw from, if that matters.
     """
 
     again = False
     position = 0
     outer: Memory | None = None
-    _results: tuple[Tensors, ...] = ()
+    draws: Sequence[torch.device] | None = None
+    _results: tuple[tuple[Tensors, States], ...] = ()
 
     def ask(self, compute: Callable[[], Tensors]) -> Tensors:
-        """Returns the next result."""
+        """Returns the next result, with the random generators as computing it has left them."""
         if not self.again:
-            # The branch may be part of another one, which is being repeated.
-            self._results += (_ask(self.outer, compute),)
+            self._results += (self._compute(compute),)
         elif self.position == len(self._results):
-            raise RuntimeError(
-                "a reversible branch calls revcore.remember more often when it is repeated than in "
-                "its first run, so it is not the same computation"
-            )
+            raise RuntimeError(_OTHER_CALLS.format("more"))
+        result, states = self._results[self.position]
+        if self.again:
+            set_states(states)
         self.position += 1
-        return self._results[self.position - 1]
+        return result
+
+    def _compute(self, compute: Callable[[], Tensors]) -> tuple[Tensors, States]:
+        before = NO_STATES if self.draws is None else get_states(self.draws)
+        # The branch may be part of another one, which is being repeated.
+        result = _ask(self.outer, compute)
+        after = NO_STATES if self.draws is None else get_states(self.draws)
+        return result, [b for a, b in zip(before, after, strict=True) if a is not b]
+
+    def close(self) -> None:
+        """Ends a run, which has asked as often as the one before it."""
+        if self.position < len(self._results):
+            raise RuntimeError(_OTHER_CALLS.format("less"))
 
 
 class _Thread(threading.local):
@@ -69,7 +89,7 @@ def remember(compute: Callable[[], Tensors]) -> Tensors:
         What `compute` returns, now or in the first run.
 
     Raises:
-        RuntimeError: If the second run asks more often than the first one did.
+        RuntimeError: If the second run asks more or less often than the first one did.
 
     Example:
         >>> import torch

@@ -11,7 +11,6 @@ looked at quickly (`revcore.survey`) and only what is not is put back piece by p
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -31,11 +30,8 @@ from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_stat
 from revcore.remember import Memory, thread
 from revcore.step import Pullback
 from revcore.survey import ABSENT, Change, Group, Survey, Table, needs_of
-from revcore.versions import changed, contents
-
-# Random generators, buffers and training flags belong to the process or to the module, not to a
-# call, so only one thread at a time may run a branch for the first time or repeat it.
-_LOCK = threading.RLock()
+from revcore.turns import TURN
+from revcore.versions import changed, contents, version
 
 _CAPTURING = (
     "random numbers in a reversible branch cannot be replayed while a CUDA graph is being captured."
@@ -178,7 +174,7 @@ class Replay(Memory):
             x = x.detach()
         self._stride, self._dtype = x.stride(), x.dtype
         if torch._C._is_any_autocast_enabled():
-            self._autocast = autocast_now(x.device.type)
+            self._autocast = autocast_now(self._survey.kinds(x))
         elif survey.simple and step.grid is None:
             return run_branch(step.call, x, self._kwargs, self)
         if survey.lazy:
@@ -186,7 +182,7 @@ class Replay(Memory):
                 f"branch {type(step.branch).__name__} has lazy parameters that have no shape "
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
-        with _LOCK, no_autocast_cache() if self._autocast else _AS_IT_IS:
+        with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
             modules = [*survey.buffered, *survey.unbuffered]
             before = notes_of(modules) if any(map(_buffers, modules)) else ()
             t = self._draw(x)
@@ -198,12 +194,14 @@ class Replay(Memory):
         """Runs the branch, and notes the random generators before it and after it."""
         if self._survey.contained:
             return self._without_gradients(run_branch, x)
-        self._before = get_states(x)
+        devices = self._survey.devices(x)
+        self._before = get_states(devices)
         if not self._before:
             with RefuseRandomness(_CAPTURING):
                 return self._without_gradients(run_branch, x)
+        self.draws = devices
         t = self._without_gradients(run_branch, x)
-        self._after = get_states(x)
+        self._after = get_states(devices)
         return t
 
     @property
@@ -268,15 +266,20 @@ class Replay(Memory):
         finally:
             torch._C._set_grad_enabled(False)
         wanted = (x if self.needs_x else None, *leaves)
-        return t, partial(differentiate, t, wanted, self._survey, bool(self._kwargs))
+        pull = partial(differentiate, t, wanted, self._survey, bool(self._kwargs))
+        return t, partial(self._pull, pull, aliases) if self._survey.norms else pull
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a scheme's own arithmetic under the autocast of the first run."""
-        if not (self._autocast or torch._C._is_any_autocast_enabled()):
-            return function(*arguments)
-        kind = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        with autocast_as(self._autocast, kind):
-            return function(*arguments)
+        """Calls a scheme's own arithmetic under the autocast of the first run.
+
+        Raises:
+            RuntimeError: If it changes a stream in place, which may be the caller's.
+        """
+        if self._autocast or torch._C._is_any_autocast_enabled():
+            kind = next(x.device.type for x in arguments if isinstance(x, Tensor))
+            with autocast_as(self._autocast, ("cpu", kind)):
+                return _compute(function, *arguments)
+        return _compute(function, *arguments)
 
     def _lay_out(self, x: Tensor) -> Tensor:
         """Copies `x` to the strides and dtype that the branch saw first; others give other bits."""
@@ -312,13 +315,10 @@ class Replay(Memory):
         run = partial(run_branch, call, x, kwargs, memory)
         if self._before:
             run = partial(draw_again, self._before, self._after, run, _OTHER_DRAWS)
-        undo: _Undo = []
-        with _LOCK, autocast_as(self._autocast, x.device.type) if cast else _AS_IT_IS:
+        autocast = autocast_as(self._autocast, self._survey.kinds(x)) if cast else _AS_IT_IS
+        with TURN, autocast:
+            undo = self._put_back(aliases, usual=usual)
             try:
-                for module in self._survey.norms:
-                    _swap(module.__dict__, "track_running_stats", False, undo)
-                if not usual:
-                    self._put_back(aliases, undo)
                 t = run()
                 for module, name, _ in self.buffers.moved if self.buffers else ():
                     if getattr(get(module._buffers, name), "grad_fn", None) is not None:
@@ -327,8 +327,29 @@ class Replay(Memory):
             finally:
                 _take_back(undo)
 
-    def _put_back(self, aliases: Mapping[int, Tensor], undo: _Undo) -> None:
-        """Makes the branch's modules what they were; `undo` gets what they are now."""
+    def _pull(
+        self, pull: Pullback, aliases: Mapping[int, Tensor], grad: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Differentiates; what the branch checkpoints runs once more meanwhile."""
+        same = self.seen.look() if self.seen.same is None else self.seen.same
+        with TURN:
+            undo = self._put_back(aliases, usual=same and not (aliases or self.buffers))
+            try:
+                return pull(grad)
+            finally:
+                _take_back(undo)
+
+    def _put_back(self, aliases: Mapping[int, Tensor], *, usual: bool) -> _Undo:
+        """Makes the branch's modules what they were, and returns what they are now."""
+        wanted = self._wanted(aliases) if not usual else []
+        undo: _Undo = []
+        for module in self._survey.norms:
+            _swap(module.__dict__, "track_running_stats", False, undo)
+        for entry in wanted:
+            _swap(*entry, undo)
+        return undo
+
+    def _wanted(self, aliases: Mapping[int, Tensor]) -> list[Change]:
         wanted = self._survey.find_changes()
         for own, table, found in self._survey.tables:
             for name, value in found.items():
@@ -346,8 +367,19 @@ class Replay(Memory):
                 "parameters as they are until backward() is done, and its buffers, or store the "
                 "activations, revcore.set_reversing(model, False)."
             )
-        for entry in wanted:
-            _swap(*entry, undo)
+        return wanted
+
+
+def _compute(function: Callable[..., Any], *arguments: Any) -> Any:
+    first = arguments[0]
+    before = version(first) if isinstance(first, Tensor) else 0
+    found = function(*arguments)
+    if isinstance(first, Tensor) and version(first) != before:
+        raise RuntimeError(
+            f"{getattr(function, '__qualname__', function)} changes its first argument in place, "
+            "which may be the output of the chain; let it return a new tensor"
+        )
+    return found
 
 
 def _swap(table: Table, name: str, value: Any, undo: _Undo) -> None:
@@ -393,6 +425,8 @@ def run_branch(
     parametrize._cache_enabled -= cached
     try:
         t = call(x, **kwargs)
+        if memory is not None:
+            memory.close()
     finally:
         thread.memory = outer
         parametrize._cache_enabled += cached

@@ -104,6 +104,21 @@ class Step(ABC):
         """Creates the step that undoes this one."""
 
 
+def log_det_of(x: Tensor, log_det: Any, owner: object) -> Tensor:
+    """Returns a log-determinant for each sample of `x`.
+
+    Raises:
+        ValueError: If it is neither that nor one number for all.
+    """
+    if not isinstance(log_det, Tensor) or log_det.shape not in ((), (len(x),)):
+        got = tuple(log_det.shape) if isinstance(log_det, Tensor) else type(log_det).__name__
+        raise ValueError(
+            f"log_det of {type(owner).__name__} must return a tensor of shape (batch,) = "
+            f"({len(x)},), got {got}"
+        )
+    return log_det.expand(len(x))
+
+
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Adds up two gradients, of which None stands for zeros."""
     if a is None or b is None:

@@ -32,6 +32,10 @@ ABSENT = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KINDS_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
+# Attributes that a user may set between forward and backward: what is active, how much is dropped.
+_SETTINGS = (bool, int, float, str)
+_OTHERS = ("training", "_is_full_backward_hook")
+
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
 
@@ -73,6 +77,7 @@ class Survey:
         lasts: Whether the survey may be kept until the next call.
         known: Whether all of them are torch's own.
         walked: Whether a graph of the branch has been looked through.
+        settings: Attributes that are numbers, flags or texts: where, by what name, and their value.
     """
 
     walked = False
@@ -83,7 +88,8 @@ class Survey:
         self.buffered: list[nn.Module] = []
         self.unbuffered: list[nn.Module] = []
         self.norms: list[nn.Module] = []
-        self.code: list[tuple[Table, str, Any]] = []
+        self.code: list[Change] = []
+        self.settings: list[Change] = []
         tensors: list[Any] = []
         buffers: list[Any] = []
         for module in modules:  # grows meanwhile
@@ -110,6 +116,11 @@ class Survey:
                 (self.norms if norm else self.buffered).append(module)
         self.modules = modules
         watched = [module for module in modules if not is_plain(module)]
+        for module in watched:
+            if type(module) not in BATCH_NORMS and not isinstance(module, torch.jit.ScriptModule):
+                own = module.__dict__
+                settings = [(own, name, own[name]) for name in own if name not in _OTHERS]
+                self.settings += [entry for entry in settings if type(entry[2]) in _SETTINGS]
         # Code that is not torch's may look at the flag of any module inside.
         if any(type(module) not in BATCH_NORMS for module in watched):
             watched = modules
@@ -118,6 +129,8 @@ class Survey:
         self.needed = needs_of(self.tensors)
         self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad]
         self.plain = all(tensor.is_leaf for tensor in self.tensors)
+        held = [tensor for tensor in [*tensors, *buffers] if tensor is not None]
+        self._devices = list(dict.fromkeys(tensor.device for tensor in held))
         self.contained = are_self_contained(modules) and not has_global_hooks()
         self.known = all(map(is_known, modules))
         self.lazy = any(map(is_lazy, [*self.tensors, *buffers]))
@@ -129,8 +142,16 @@ class Survey:
         hooked = has_global_hooks() or any(value is not None for *_, value in self.code)
         self.lasts = self.plain and not (self.lazy or scripted or hooked)
 
+    def devices(self, x: Tensor) -> list[torch.device]:
+        """Lists the devices that the branch computes on for an input."""
+        return self._devices if x.device in self._devices else [x.device, *self._devices]
+
+    def kinds(self, x: Tensor) -> list[str]:
+        """Lists their kinds, and the CPU, for which there is always something to compute."""
+        return list(dict.fromkeys(["cpu", *(d.type for d in self.devices(x) if d.type != "meta")]))
+
     def find_changes(self) -> list[Change]:
-        """Lists the flags and the code that are other ones now: where, and what was there."""
+        """Lists the flags, settings and code that are other ones now: where, and what was there."""
         changes: list[Change] = [
             (module.__dict__, "training", flag)
             for module, flag in self.flags
@@ -141,6 +162,9 @@ class Survey:
             if now != value and (now or value):
                 was = OrderedDict(value or ()) if name != "forward" else value or ABSENT
                 changes.append((own, name, was))
+        for own, name, value in self.settings:
+            if own.get(name, ABSENT) is not value:
+                changes.append((own, name, value))
         return changes
 
 
@@ -169,6 +193,8 @@ class Group:
         self._values = [value for *_, found in tables for value in found.values()]
         self._flags = [flag for survey in surveys for flag in survey.flags]
         code = [entry for survey in surveys for entry in survey.code]
+        settings = [entry for survey in surveys for entry in survey.settings]
+        self._settings: Any = [*zip(*settings, strict=True)] or ((), (), ())
         self._code = [entry for entry in code if entry[2] is not None]
         self._bare = [own for own, name, value in code if name == "forward" and value is None]
         self._unhooked = [own[name] for own, name, value in code if name in own and value is None]
@@ -200,14 +226,16 @@ class Group:
         return not self.lasts or _same(self._inner, self._inner_values)
 
     def is_as_it_was(self) -> bool:
-        """Tells whether modules have the flags, hooks and parameters that they had."""
+        """Tells whether modules have the flags, settings, hooks and parameters that they had."""
         for module, flag in self._flags:
             if module.training is not flag:
                 return False
+        tables, names, values = self._settings
         return (
             not any(map(contains, self._bare, repeat("forward")))
             and _same(self._parameters, self._values)
             and not any(self._unhooked)
+            and all(map(is_, map(dict.get, tables, names), values))
             and all(own.get(name) == value for own, name, value in self._code)
         )
 
