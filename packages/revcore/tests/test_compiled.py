@@ -373,3 +373,26 @@ def test_what_is_exported_is_stored(strict):
     )
     x = case.x[:3]
     torch.testing.assert_close(exported.module()(x), case.plain(x))
+
+
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_log_determinants_beside_kept_inputs_and_buffers(keep_input, device):
+    def coupling(f, g, split_dim):
+        adapter = revcore.bounded_adapter
+        return revcore.AffineCoupling(f, g, adapter=adapter, split_dim=split_dim)
+
+    def branch():
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+
+    blocks = (revcore.ReversibleBlock(branch(), branch(), coupling) for _ in range(3))
+    net = revcore.ReversibleSequential(*blocks, log_det=True).to(device, torch.float64).eval()
+    for block in net:
+        block.keep_input = keep_input
+    x = torch.randn(3, 8, dtype=torch.float64, device=device, requires_grad=True)
+    found = []
+    for run in (torch.compile(net, fullgraph=True, backend="aot_eager"), net):
+        revcore.set_reversing(net, run is not net)
+        z, log_det = run(x)
+        loss = z.sin().sum() + log_det.cos().sum()
+        found.append(torch.autograd.grad(loss, [x, *net.parameters()]))
+    torch.testing.assert_close(*found)

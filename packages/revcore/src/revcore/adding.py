@@ -40,11 +40,6 @@ def _adds(branch: nn.Module) -> bool:
 class AddingStep(HalfStep):
     """A half-step that adds, whose branch may add its results to the streams by itself."""
 
-    def inverse(self) -> HalfStep:
-        return AddingStep(
-            self.scheme, self.branch, self.target, self.source, inverted=not self.inverted
-        )
-
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
         with self._destination(streams, back=False) as destination:
             t = run(streams[self.source])
@@ -92,12 +87,3 @@ class AddingStep(HalfStep):
         destination.gradient = None
         grads[self.source] = of_source
         return found
-
-
-def misfit(a: Tensor, t: Tensor) -> ValueError:
-    """Creates the error for a branch's output `t` that has not the shape of the stream `a`."""
-    # Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
-    return ValueError(
-        f"a branch must return the shape of the stream that it is added to: the stream has "
-        f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
-    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from revcore.adding import adding, misfit
+from revcore.adding import adding
 from revcore.coupling import Coupling
 from revcore.half_step import HalfStep
 
@@ -44,14 +45,13 @@ class AdditiveCoupling(Coupling):
         return adding(steps) if type(self) is AdditiveCoupling else steps
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        if t.shape != a.shape:
-            raise misfit(a, t)
-        return a + t
+        return self._sum(a, _fitting(t, a), 1)
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        if t.shape != a.shape:
-            raise misfit(a, t)
-        return a - t
+        return self._sum(a, _fitting(t, a), -1)
+
+    def _sum(self, a: Tensor, t: Tensor, sign: int) -> Tensor:
+        return torch.add(a, t, alpha=sign)
 
     log_det = None  # type: ignore[assignment]  # it keeps volumes
 
@@ -61,3 +61,14 @@ class AdditiveCoupling(Coupling):
 
     def uncombine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, -grad
+
+
+def _fitting(t: Tensor, a: Tensor) -> Tensor:
+    """Returns a branch's output if it has the shape of the stream `a`."""
+    # Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
+    if t.shape != a.shape:
+        raise ValueError(
+            f"a branch must return the shape of the stream that it is added to: the stream has "
+            f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
+        )
+    return t

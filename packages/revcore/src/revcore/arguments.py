@@ -21,9 +21,9 @@ def tensors_of(kwargs: Arguments) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def has_nests(kwargs: Arguments) -> bool:
-    """Tells whether there are lists, tuples or dicts among arguments."""
-    return bool(kwargs) and any(isinstance(value, _NESTS) for value in kwargs.values())
+def takes_gradient(value: Any) -> bool:
+    """Tells whether a value is a tensor that may require a gradient."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def exchange(kwargs: Arguments, others: Mapping[int, Tensor]) -> Arguments:

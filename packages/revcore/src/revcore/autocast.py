@@ -16,8 +16,6 @@ Autocast = tuple[tuple[str, torch.dtype], ...]
 
 def autocast_now(kinds: Sequence[str]) -> Autocast:
     """Reads the states that matter to code on some kinds of device."""
-    if not torch._C._is_any_autocast_enabled():
-        return ()
     return tuple(
         (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
     )

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
 from revcore.coupling import Coupling
-from revcore.engine import keep, run
+from revcore.engine import Call, run
 from revcore.fixed_point import FixedPointCoupling
 from revcore.hooks import has_hooks
 from revcore.reversible import Reversible
@@ -61,8 +61,6 @@ class ReversibleBlock(Reversible):
         True
     """
 
-    split_dim: int
-
     def __init__(  # noqa: PLR0917 - the order of MemCNN's arguments
         self,
         f: nn.Module,
@@ -89,7 +87,6 @@ class ReversibleBlock(Reversible):
         self.split_dim = split_dim
         self.keep_input = keep_input
         self.keep_input_inverse = keep_input_inverse
-        self.reversing = self.overlap = True
 
     @property
     def streams(self) -> int:
@@ -98,23 +95,21 @@ class ReversibleBlock(Reversible):
 
     def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
         refuse_hidden_code(self.coupling)
-        if inverted:
-            steps, keep_input = self.coupling.inverse_half_steps(), self.keep_input_inverse
-        else:
-            steps, keep_input = self.coupling.half_steps(), self.keep_input
-        return list(steps), [0] if keep_input else []
+        steps = self.coupling._steps(inverted=inverted)
+        return list(steps), [0] if self._keeps(inverted=inverted) else []
 
-    def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        if self.keep_input:
-            keep(streams)
-        if coupling_of(self.coupling) is None:
-            return as_streams(self.coupling(*streams, **kwargs))
-        return run(self.coupling.half_steps(), streams, kwargs)
+    def _run(
+        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
+    ) -> Streams:
+        coupling = self.coupling
+        if self._keeps(inverted=inverted):
+            call.keep(streams)
+        if coupling_of(coupling) is None:
+            return as_streams((coupling.inverse if inverted else coupling)(*streams, **kwargs))
+        return run(coupling._steps(inverted=inverted), streams, kwargs)
 
-    def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        if self.keep_input_inverse:
-            keep(streams)
-        return as_streams(self.coupling.inverse(*streams, **kwargs))
+    def _keeps(self, *, inverted: bool) -> bool:
+        return self.keep_input_inverse if inverted else self.keep_input
 
     def extra_repr(self) -> str:
         return (
@@ -125,7 +120,8 @@ class ReversibleBlock(Reversible):
 
 def coupling_of(block: nn.Module) -> Coupling | None:
     """Returns the coupling of a block that nobody would see being called, else None."""
-    if _is_seen(block):
+    # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
+    if block._compiled_call_impl is not None or "forward" in vars(block) or has_hooks(block):
         return None
     kind: Any = type(block)
     if kind is ReversibleBlock:
@@ -149,9 +145,3 @@ def refuse_hidden_code(module: nn.Module) -> None:
             f"{type(module).__name__} has a forward hook, which does not run in a compiled chain: "
             "remove it, or hook a branch or the chain"
         )
-
-
-def _is_seen(module: nn.Module) -> bool:
-    # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
-    compiled = module._compiled_call_impl is not None
-    return compiled or "forward" in module.__dict__ or has_hooks(module)

@@ -160,14 +160,10 @@ def _is_readable(buffer: _Buffer) -> bool:
 
 
 def _differs(buffer: _Buffer) -> Tensor:
-    one, two = _bits(buffer.value), _bits(buffer.copy)
-    return (one != two).any() if one.shape == two.shape else one.new_ones((), dtype=torch.bool)
-
-
-def _bits(tensor: Any) -> Tensor:
-    # Some dtypes cannot be compared, and NaN is not what it is.
-    bits: Tensor = tensor.detach().view(-1).view(torch.uint8)
-    return bits
+    # Their bits: some dtypes cannot be compared, and NaN is not what it is.
+    both: Any = (buffer.value, buffer.copy)
+    now, before = (tensor.detach().view(-1).view(torch.uint8) for tensor in both)
+    return torch.tensor(True) if now.shape != before.shape else torch.ne(now, before).any()
 
 
 def get(table: Any, name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revcore.arguments import takes_gradient
 from revcore.block import ReversibleBlock
 from revcore.coupling import Coupling
 from revcore.reversible import set_reversing
@@ -132,7 +133,7 @@ def _check(
 ) -> BlockCheck:
     block = duplicate(module.get_submodule(name))
     kind = type(block).__name__
-    if not x or not all(map(_is_stream, x)):
+    if not x or not all(map(takes_gradient, x)):
         given = ", ".join(str(getattr(each, "dtype", type(each).__name__)) for each in x)
         why = f"cannot be checked: called with {given or 'nothing'}, not with streams alone"
         return BlockCheck(name or kind, kind, math.nan, math.nan, math.nan, why)
@@ -205,10 +206,6 @@ def duplicate(module: nn.Module) -> Any:
     held = (value for part in module.modules() for value in vars(part).values())
     results = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(module, {id(value): value.detach() for value in results})
-
-
-def _is_stream(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def _fork(x: Sequence[Any]) -> AbstractContextManager[None]:

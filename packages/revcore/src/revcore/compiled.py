@@ -12,6 +12,7 @@ reaches the user; without, torch falls back to the eager engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
+from revcore.arguments import takes_gradient
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
 from revcore.known import BATCH_NORMS
 from revcore.randomness import RandomnessError, RefuseRandomness
@@ -35,22 +37,14 @@ RANDOM = (
 )
 
 
-_NO_BUFFERS: Mapping[str, Tensor] = {}
+# A step, the names of its branch's parameters, and those of the buffers that a second run must find
+# as the first one found them.
+_Branch = tuple[Step, list[str], list[str]]
+
+Kind = tuple[list[int], torch.dtype, str]
+"""Shape, dtype and device of a tensor, as torch.compile can pass them."""
+
 _NO_CAST = ("cpu", False, torch.bfloat16)
-
-
-class _Branch(NamedTuple):
-    """A step, and which tensors belong to its branch.
-
-    Attributes:
-        step: The step.
-        parameters: Names of the branch's parameters.
-        buffers: Names of the buffers that a second run must find as the first one found them.
-    """
-
-    step: Step
-    parameters: list[str]
-    buffers: list[str]
 
 
 def run_compiled(
@@ -79,18 +73,18 @@ def run_compiled(
             "repetition would be two graphs, which may round differently. Compile its branches, "
             "branch.compile()."
         )
-    streams = tuple([_dense(stream) for stream in streams])
-    if not (reversing and torch.is_grad_enabled()):
+    streams = tuple([x if x.is_contiguous() else x.clone() for x in streams])
+    if not reversing:
         return _forward(steps, (), streams, kwargs)[0]
     branches: list[_Branch] = []
     leaves: list[Tensor] = []
     for step in steps:
         named = dict(step.branch.named_parameters())
-        branches.append(_Branch(step, list(named), _repeated_buffers(step.branch)))
+        branches.append((step, list(named), _repeated_buffers(step.branch)))
         leaves += named.values()
     names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     # Such as a mask. They come first, so that the others can be differentiated with the parameters.
-    fixed = [name for name in names if not _takes_gradients(kwargs[name])]
+    fixed = [name for name in names if not takes_gradient(kwargs[name])]
     names = [*fixed, *(name for name in names if name not in fixed)]
     tensors = [*streams, *(kwargs[name] for name in names), *leaves]
     # Views, because a tensor that came twice would get the gradient of one place alone.
@@ -102,22 +96,14 @@ def run_compiled(
     return outputs
 
 
-def _takes_gradients(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _forward(
     steps: Sequence[Step], kept: Any, streams: Streams, kwargs: Mapping[str, Any]
 ) -> tuple[Streams, list[Tensor]]:
     current, anchors = list(streams), []
     for number, step in enumerate(steps):
         if number in kept:
-            anchors += current
-
-        def run(x: Tensor, step: Step = step) -> Tensor:
-            return step.call(x, **kwargs)
-
-        step.apply(run, current)
+            anchors += current[: len(streams)]  # behind them are log-determinants
+        step.apply(partial(step.call, **kwargs), current)
     return tuple(current), anchors
 
 
@@ -127,33 +113,30 @@ class _ChainNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Any, count: int, *tensors: Tensor) -> Streams:
         branches, kept, kwargs, names, _ = plan
-        ctx.plan, ctx.count = plan, count
+        ctx.plan = plan
         ctx.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in ("cpu", tensors[0].device.type)
         ]
         buffers = [
-            branch.step.branch.get_buffer(name).clone()
-            for branch in branches
-            for name in branch.buffers
+            step.branch.get_buffer(name).clone() for step, _, found in branches for name in found
         ]
-        given = tensors[count : count + len(names)]
+        given, leaves = tensors[count : count + len(names)], tensors[count + len(names) :]
         kwargs = {**kwargs, **dict(zip(names, given, strict=True))}
-        steps = [branch.step for branch in branches]
+        steps = [step for step, *_ in branches]
         outputs, anchors = _forward(steps, kept, tensors[:count], kwargs)
-        ctx.sizes = (len(anchors), len(buffers))
-        ctx.save_for_backward(*outputs, *anchors, *buffers, *tensors[count:])
+        parts = (outputs[:count], anchors, buffers, given, leaves)
+        ctx.sizes = [len(part) for part in parts]
+        ctx.save_for_backward(*[tensor for part in parts for tensor in part])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         branches, kept, kwargs, names, fixed = ctx.plan
-        count, (anchored, buffered) = ctx.count, ctx.sizes
         saved = list(ctx.saved_tensors)
-        streams, anchors = saved[:count], saved[count : count + anchored]
-        rest = saved[count + anchored :]
-        buffers, arguments = rest[:buffered], rest[buffered : buffered + len(names)]
-        leaves = rest[buffered + len(names) :]
+        streams, anchors, buffers, arguments, leaves = [
+            [saved.pop(0) for _ in range(size)] for size in ctx.sizes
+        ]
         kwargs = {**kwargs, **dict(zip(names[:fixed], arguments[:fixed], strict=True))}
         names, arguments = names[fixed:], arguments[fixed:]
         stream_grads = list(grads)
@@ -161,22 +144,14 @@ class _ChainNode(torch.autograd.Function):
         argument_grads = [torch.zeros_like(argument) for argument in arguments]
         for number in reversed(range(len(branches))):
             step, parameters, found = branches[number]
-            own = leaves[len(leaves) - len(parameters) :]
-            leaves = leaves[: len(leaves) - len(parameters)]
-            state = dict(zip(found, buffers[len(buffers) - len(found) :], strict=True))
-            buffers = buffers[: len(buffers) - len(found)]
+            own = [leaves.pop() for _ in parameters][::-1]
+            state = {name: buffers.pop() for name in reversed(found)}
             before = None
             if number in kept:
-                before, anchors = anchors[-count:], anchors[:-count]
-            function = _Function(
-                step,
-                parameters=parameters,
-                buffers=state,
-                names=names,
-                kwargs=kwargs,
-                autocast=ctx.autocast,
+                before = [anchors.pop() for _ in streams][::-1]
+            branch = _Again(
+                step, kwargs, names, parameters, state, ctx.autocast, [*arguments, *own]
             )
-            branch = _Traced(function, [*arguments, *own])
             gradients = step.rebuild(branch, streams, before)(stream_grads)
             extra, own_grads = gradients[: len(names)], gradients[len(names) :]
             argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
@@ -184,27 +159,22 @@ class _ChainNode(torch.autograd.Function):
         return (None, None, *stream_grads, *[None] * fixed, *argument_grads, *leaf_grads)
 
 
-class _Function:
-    """A branch as a function of its input, of the tensors among the arguments, and parameters."""
+class _Again(NamedTuple):
+    """Runs a branch again, for torch.compile to trace.
 
-    def __init__(
-        self,
-        step: Step,
-        *,
-        kwargs: Mapping[str, Any],
-        names: Sequence[str] = (),
-        parameters: Sequence[str] = (),
-        buffers: Mapping[str, Tensor] = _NO_BUFFERS,
-        autocast: Sequence[tuple[str, bool, torch.dtype]] = (_NO_CAST, _NO_CAST),
-    ) -> None:
-        self.step = step
-        self.parameters = parameters
-        self.buffers = buffers
-        self.names = names
-        self.kwargs = kwargs
-        self.autocast = autocast
+    That is a function of its input and of `leaves`: the tensors among the arguments, and the
+    parameters.
+    """
 
-    def __call__(self, x: Tensor, *leaves: Tensor) -> Tensor:
+    step: Step
+    kwargs: Mapping[str, Any]
+    names: Sequence[str] = ()
+    parameters: Sequence[str] = ()
+    buffers: Mapping[str, Tensor] = {}
+    autocast: Sequence[tuple[str, bool, torch.dtype]] = (_NO_CAST, _NO_CAST)
+    leaves: Sequence[Tensor] = ()
+
+    def run(self, x: Tensor, *leaves: Tensor) -> Tensor:
         branch = self.step.branch
         arguments, own = leaves[: len(self.names)], leaves[len(self.names) :]
         state = dict(zip(self.parameters, own, strict=True))
@@ -214,52 +184,34 @@ class _Function:
         kwargs = {**self.kwargs, **dict(zip(self.names, arguments, strict=True))}
         with _reparametrize_module(branch, state, tie_weights=True):
             # What torch.func.functional_call does, which can only call a module, no method of it.
-            y: Tensor = self.under_autocast(self.step.call, x, **kwargs)
+            y: Tensor = self.compute(self.step.call, x, **kwargs)
             return y
 
-    def under_autocast(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
+        return self.run(x, *self.leaves) if call is None else call(x)
+
+    def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        t, pull, *_ = torch.func.vjp(self.run, x, *self.leaves)
+        return t, lambda grad: pull(grad.to(t.dtype))
+
+    def compute(self, function: Callable[..., Any], *arguments: Any, **kwargs: Any) -> Any:
         # The CPU's state, and that of the device if it is another one; twice the same does no harm.
         (kind, enabled, dtype), (kind_2, enabled_2, dtype_2) = self.autocast
         with (
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
         ):
-            return function(*args, **kwargs)
-
-
-class _Traced(NamedTuple):
-    """Runs a branch again, for torch.compile to trace."""
-
-    function: _Function
-    leaves: Sequence[Tensor]
-
-    def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
-        return self.function(x, *self.leaves) if call is None else call(x)
-
-    def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
-        t, pull, *_ = torch.func.vjp(self.function, x, *self.leaves)
-        return t, lambda grad: pull(grad.to(t.dtype))
-
-    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self.function.under_autocast(function, *arguments)
+            return function(*arguments, **kwargs)
 
 
 def find_fault(
-    steps: Sequence[Step],
-    shapes: Sequence[Sequence[int]],
-    dtypes: Sequence[torch.dtype],
-    device: str,
-    names: Sequence[str],
-    *,
-    constants: Mapping[str, Any],
+    steps: Sequence[Step], kinds: Sequence[Kind], names: Sequence[str], constants: Mapping[str, Any]
 ) -> str:
     """Runs steps on tensors without data, to see whether they can be repeated.
 
     Args:
         steps: What to run.
-        shapes: Shapes of the streams, then of the arguments.
-        dtypes: Their dtypes.
-        device: Their device.
+        kinds: Those of the streams, then of the arguments.
         names: Names of the arguments that are tensors.
         constants: The other arguments.
 
@@ -268,17 +220,14 @@ def find_fault(
         tensor would get no gradient. Else nothing.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), RefuseRandomness(RANDOM):
-        tensors = [
-            torch.empty(shape, dtype=dtype, device=device)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
-        ]
+        tensors = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in kinds]
         count = len(tensors) - len(names)
         streams = tensors[:count]
         kwargs = {**constants, **dict(zip(names, tensors[count:], strict=True))}
         known = [parameter for step in steps for parameter in step.branch.parameters()]
         try:
             for step in steps:
-                step.apply(_Probe(step, kwargs=kwargs), streams)
+                step.apply(_Probe(step, kwargs).run, streams)
             for stream in streams:
                 if stream.requires_grad:
                     refuse_foreign_leaves(stream, known, "a branch or a coupling")
@@ -295,14 +244,14 @@ class _ChangedBufferError(RuntimeError):
     """A branch changes a buffer, of which there would be no copy from before."""
 
 
-class _Probe(_Function):
+class _Probe(_Again):
     """Raises if a run changes a buffer: the copies of a graph may be made after the change."""
 
-    def under_autocast(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def compute(self, function: Callable[..., Any], *arguments: Any, **kwargs: Any) -> Any:
         branch = self.step.branch
         before = {name: branch.get_buffer(name) for name in _repeated_buffers(branch)}
         versions = [buffer._version for buffer in before.values()]
-        result = super().under_autocast(function, *args, **kwargs)
+        result = super().compute(function, *arguments, **kwargs)
         now = dict(branch.named_buffers())
         for (name, buffer), version in zip(before.items(), versions, strict=True):
             counts = name.endswith("num_batches_tracked")  # which no normalization reads
@@ -323,7 +272,3 @@ def _repeated_buffers(branch: nn.Module) -> list[str]:
             for name, _ in module.named_buffers(recurse=False):
                 names.append(f"{prefix}.{name}" if prefix else name)
     return names
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.clone()

@@ -78,6 +78,9 @@ class Coupling(nn.Module, Scheme):
         """Lists the half-steps in the order of the inverse pass."""
         return [step.inverse() for step in reversed(self.half_steps())]
 
+    def _steps(self, *, inverted: bool) -> Sequence[HalfStep]:
+        return self.inverse_half_steps() if inverted else self.half_steps()
+
     def forward(self, *x: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps one tensor to one tensor, or streams to a tuple of as many.
 

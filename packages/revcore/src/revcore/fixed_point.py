@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from revcore.adding import adding, misfit
-from revcore.coupling import Coupling
+from revcore.adding import adding
+from revcore.additive import AdditiveCoupling
 from revcore.grid import move
 from revcore.half_step import HalfStep
 
 
-class FixedPointCoupling(Coupling):
+class FixedPointCoupling(AdditiveCoupling):
     r"""Creates an additive coupling in fixed-point arithmetic.
 
     $$y_1 = x_1 + \mathrm{round}(2^k f(x_2)) / 2^k, \qquad
@@ -66,24 +66,8 @@ class FixedPointCoupling(Coupling):
         steps = super().half_steps()
         return adding(steps) if type(self) is FixedPointCoupling else steps
 
-    def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        if t.shape != a.shape:
-            raise misfit(a, t)
-        return move(a, t, self.fraction_bits, 1)
-
-    def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        if t.shape != a.shape:
-            raise misfit(a, t)
-        return move(a, t, self.fraction_bits, -1)
-
-    log_det = None  # type: ignore[assignment]  # it keeps volumes
-
-    # The gradients are known, so no graph has to be built for them.
-    def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad
-
-    def uncombine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, -grad
+    def _sum(self, a: Tensor, t: Tensor, sign: int) -> Tensor:
+        return move(a, t, self.fraction_bits, sign)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fraction_bits={self.fraction_bits}"

@@ -20,11 +20,7 @@ _searched: WeakSet[nn.Module] = WeakSet()
 
 
 def differentiate(
-    t: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    survey: Survey,
-    has_arguments: bool,
-    grad: Tensor,
+    t: Tensor, inputs: tuple[Tensor | None, ...], survey: Survey, has_arguments: bool, grad: Tensor
 ) -> Sequence[Tensor | None]:
     """Takes the gradient of a branch's output to those of its inputs.
 
@@ -43,11 +39,14 @@ def differentiate(
         RuntimeError: If the graph ends in a tensor that is not among these.
     """
     wanted: Any = inputs if inputs[0] is not None else inputs[1:]
-    if not t.requires_grad:
-        return [None] * len(inputs)
-    if has_arguments or not (survey.contained and survey.walked):
-        _walk(t, wanted, survey)
-    if not wanted:
+    if t.requires_grad and (has_arguments or not (survey.contained and survey.walked)):
+        survey.walked = True
+        refuse_foreign_leaves(t, wanted, f"branch {survey.name}")
+        branch = survey.modules[0]
+        if not survey.contained and branch not in _searched:
+            _searched.add(branch)
+            _warn_of_side_results(branch)
+    if not (t.requires_grad and wanted):
         return [None] * len(inputs)
     if grad.dtype != t.dtype:
         grad = grad.to(t.dtype)
@@ -55,15 +54,6 @@ def differentiate(
     # keep the graph, create one, allow inputs that were not used, accumulate into .grad.
     found: Sequence[Tensor | None] = _run_backward((t,), (grad,), False, False, wanted, True, False)
     return found if wanted is inputs else (None, *found)
-
-
-def _walk(t: Tensor, wanted: Sequence[Tensor], survey: Survey) -> None:
-    branch = survey.modules[0]
-    survey.walked = True
-    refuse_foreign_leaves(t, wanted, f"branch {type(branch).__name__}")
-    if not survey.contained and branch not in _searched:
-        _searched.add(branch)
-        _warn_of_side_results(branch)
 
 
 def _warn_of_side_results(branch: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revcore.randomness import is_capturing
 from revcore.step import Step
 
 _DIGITS = {torch.float32: 24, torch.float64: 53}
@@ -25,31 +26,7 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
         >>> to_grid(torch.tensor([0.3, -0.3]), 2)
         tensor([ 0.2500, -0.2500])
     """
-    rounded: Tensor = _Round.apply(x, bits)
-    return rounded
-
-
-class _Round(torch.autograd.Function):
-    """`to_grid`, whose gradient passes through."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, bits: int) -> Tensor:
-        return torch.mul(x, 2.0**bits).round_().mul_(2.0**-bits)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
-
-    @staticmethod
-    def jvp(_ctx: Any, *tangents: Any) -> Tensor:
-        tangent: Tensor = tangents[0]
-        return tangent.view_as(tangent)
+    return move(x.new_zeros(()), x, bits, 1)
 
 
 def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
@@ -107,7 +84,7 @@ class GridWatch:
         self._peaks: list[Tensor] = []
         self._place: Tensor | None = None
 
-    def enter(self, steps: Sequence[Step], streams: Sequence[Tensor]) -> list[Tensor]:
+    def enter(self, steps: Sequence[Step], streams: Sequence[Tensor]) -> Sequence[Tensor]:
         """Rounds the streams where a call begins; later, sees that no step leaves the grid.
 
         Args:
@@ -118,7 +95,6 @@ class GridWatch:
             TypeError: If a stream has a dtype without a grid.
             ValueError: If steps of several grids, or of one and of none, are in one chain.
         """
-        streams = list(streams)
         for step in steps:
             if not self.entered:
                 self.entered, self.bits = True, step.grid
@@ -197,5 +173,5 @@ def _is_traced(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        or is_capturing(x.device)
     )

@@ -161,9 +161,8 @@ class HalfStep(Step):
         return f"HalfStep({names}, target={self.target}, source={self.source}{end})"
 
     def inverse(self) -> HalfStep:
-        return HalfStep(
-            self.scheme, self.branch, self.target, self.source, inverted=not self.inverted
-        )
+        ends = self.target, self.source
+        return type(self)(self.scheme, self.branch, *ends, inverted=not self.inverted)
 
     def measured(self) -> HalfStep:
         log_det: Any = self.scheme.log_det

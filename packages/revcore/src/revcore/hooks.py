@@ -5,22 +5,16 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as _module
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_GLOBAL = [vars(_module)[f"_global{name}"] for name in HOOKS]
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Tells whether a module has hooks of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(map(vars(module).get, HOOKS))
 
 
 def has_global_hooks() -> bool:
     """Tells whether there are hooks on all modules."""
-    return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )
+    return any(_GLOBAL)

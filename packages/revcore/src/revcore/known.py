@@ -36,7 +36,7 @@ _FOUND = {kind: _code_of(kind) for kind in _KNOWN}
 
 # Modules whose results come from what they hold and from their arguments alone. The list need not
 # be complete.
-_CONTAINED: set[type[nn.Module]] = {*_KNOWN}
+CONTAINED: set[type[nn.Module]] = {*_KNOWN}
 
 
 def self_contained(module: M) -> M:
@@ -68,24 +68,19 @@ def self_contained(module: M) -> M:
         raise TypeError(
             f"module must be a class, got an object of {type(module).__name__}; decorate its class"
         )
-    _CONTAINED.add(module)
+    CONTAINED.add(module)
     return module
 
 
 def are_self_contained(modules: Sequence[nn.Module]) -> bool:
     """Tells whether these modules are known to use nothing from elsewhere."""
     return all(
-        type(module) in _CONTAINED
+        type(module) in CONTAINED
         and not _is_changed(module)
         # Such as a weight that another net has made.
         and not any(isinstance(value, Tensor) for value in module.__dict__.values())
         for module in modules
     )
-
-
-def is_declared(module: nn.Module) -> bool:
-    """Tells whether the class of a module is known to use nothing from elsewhere."""
-    return type(module) in _CONTAINED
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -194,20 +194,11 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
     def disable(self, value: bool) -> None:
         self.reversing = not value
 
-    def forward(self, *xin: Tensor, **kwargs: Any) -> Tensor | Streams:
+    def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
         if isinstance(self._fn, revcore.Coupling):
-            return super().forward(*xin, **kwargs)
-        return self._run_packed(_Packed(self._fn, xin), xin, self.keep_input, kwargs)
-
-    def inverse(self, *yin: Tensor, **kwargs: Any) -> Tensor | Streams:
-        if isinstance(self._fn, revcore.Coupling):
-            return super().inverse(*yin, **kwargs)
-        packed = _Packed(self._fn, yin, inverted=True)
-        return self._run_packed(packed, yin, self.keep_input_inverse, kwargs)
-
-    def _run_packed(
-        self, packed: _Packed, x: Streams, keep_input: bool, kwargs: dict[str, Any]
-    ) -> Tensor | Streams:
+            return super()._map(x, kwargs, inverted=inverted)
+        packed = _Packed(self._fn, x, inverted=inverted)
+        keep_input = self._keeps(inverted=inverted)
         anchor = revcore.ReversibleBlock(packed, packed, _Nothing, -1, keep_input)
         chain = revcore.ReversibleSequential(anchor, packed, split_dim=-1)
         chain.reversing = self.reversing

@@ -100,22 +100,14 @@ class RefuseRandomness(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._message = message
 
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags and _dropout_p(func, args, kwargs) != 0:
             raise RandomnessError(f"{func}: {self._message}")
         return func(*args, **kwargs)
 
 
-def _dropout_p(
-    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> float | None:
+def _dropout_p(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
     """Returns an attention's probability of dropout; None for operations of other kinds."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":

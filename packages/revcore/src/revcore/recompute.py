@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,6 @@ _SECOND_TIME = (
     "Trying to backward through a recomputed module a second time, after its input has been freed. "
     "Specify retain_graph=True in the first backward pass."
 )
-
-
-class _Part(NamedTuple):
-    """What a replay runs."""
-
-    branch: nn.Module
-    call: Callable[..., Tensor]
-    grid: None = None
 
 
 class _RecomputeNode(torch.autograd.Function):
@@ -96,7 +87,7 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
     if not torch.compiler.is_compiling() and can_reverse():
         group = Group([module])
         seen = Seen(group, kwargs, tensors_of(kwargs))
-        replay = Replay(_Part(module, module), group.surveys[0], seen, kwargs)
+        replay = Replay(module, group.surveys[0], seen)
         replay.needs_x = x.requires_grad
         if replay.needs_x or replay.leaves:
             node: Tensor = _RecomputeNode.apply(replay, x, *replay.leaves)

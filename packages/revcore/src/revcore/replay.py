@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils import parametrize
 
-from revcore.arguments import Arguments, exchange, has_nests, tensors_of
+from revcore.arguments import Arguments, exchange, takes_gradient, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.buffers import Buffers, get, notes_of
 from revcore.graph import differentiate, warn_of_a_result
@@ -43,22 +43,10 @@ _OTHER_DRAWS = (
     "call. Draw in that thread from a torch.Generator of its own."
 )
 
-_Undo = list[Change]
 _hooks = attrgetter("_backward_hooks")
 _buffers = attrgetter("_buffers")
 _NOTHING: Mapping[int, Tensor] = {}
 _AS_IT_IS = nullcontext()
-
-
-class Runs(Protocol):
-    """What a replay has to know of a step."""
-
-    @property
-    def branch(self) -> nn.Module: ...
-    @property
-    def call(self) -> Callable[..., Tensor]: ...
-    @property
-    def grid(self) -> int | None: ...
 
 
 class Seen:
@@ -71,6 +59,7 @@ class Seen:
 
     Attributes:
         given: The same.
+        kwargs: The same.
         same: Whether all is as it was, while somebody knows it; None otherwise.
     """
 
@@ -79,7 +68,7 @@ class Seen:
     def __init__(self, group: Group, kwargs: Arguments, given: Sequence[Tensor]) -> None:
         self._group = group
         self.given = given
-        self._kwargs = kwargs
+        self.kwargs = kwargs
         self._tensors = group.tensors
         if kwargs:
             self._tensors = [*group.tensors, *tensors_of(kwargs)]
@@ -108,7 +97,7 @@ class Seen:
             for name, value in module._parameters.items():
                 if value is tensor:
                     return f"parameter {name!r} of {type(module).__name__}"
-        items = self._kwargs.items()
+        items = self.kwargs.items()
         names = [n for n, v in items if any(t is tensor for t in tensors_of({n: v}))]
         branches = {type(branch).__name__ for branch in self._group.branches}
         return f"argument {names[0]!r}" if names else f"a tensor of {' or '.join(sorted(branches))}"
@@ -118,10 +107,10 @@ class Replay(Memory):
     """The first run of one branch on one input, and the means to repeat it.
 
     Args:
-        step: Says what is run, and how.
-        survey: What its branch is made of now.
+        call: How the branch is run.
+        survey: What the branch is made of now.
         seen: The same, of all branches of its node.
-        kwargs: Extra keyword arguments for the branch.
+        grid: Number of fractional bits of what it is given; None for any values.
 
     Attributes:
         seen: See above.
@@ -136,11 +125,12 @@ class Replay(Memory):
     buffers: Buffers | None = None
     _left: Sequence[Tensor] = ()
 
-    def __init__(self, step: Runs, survey: Survey, seen: Seen, kwargs: Arguments) -> None:
-        self._step = step
-        self._survey = survey
+    def __init__(
+        self, call: Callable[..., Tensor], survey: Survey, seen: Seen, grid: int | None = None
+    ) -> None:
+        self._call, self._survey, self._grid = call, survey, grid
         self.seen = seen
-        self._kwargs = kwargs
+        self._kwargs = kwargs = seen.kwargs
         self._tensors, self._needed, self.leaves = survey.tensors, survey.needed, survey.leaves
         self._plain = survey.plain
         if kwargs:
@@ -156,30 +146,30 @@ class Replay(Memory):
             TypeError: If the branch returns anything but a tensor.
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
-        if not has_nests(self._kwargs):
+        if not self._kwargs:
             return self._first_run(x)
         # The branch gets the very objects that it was called with, and may leave something there.
         kwargs = exchange(self._kwargs, _NOTHING)
         t = self._first_run(x)
-        self._kwargs, known = kwargs, {*map(id, self.seen.given)}
+        self._kwargs, known = kwargs, {*map(id, (*self.seen.given, *kwargs.values()))}
         # What another branch has left there has no gradient now, and would have one if stored.
         left = [v for v in tensors_of(kwargs) if id(v) not in known]
-        self._left = [v for v in left if v.is_floating_point() or v.is_complex()]
+        self._left = [*filter(takes_gradient, left)]
         return t
 
     def _first_run(self, x: Tensor) -> Tensor:
-        step, survey = self._step, self._survey
+        survey = self._survey
         if not survey.known:
             # A stand-in, because a hook that a branch sets on its input belongs to the repetition.
             x = x.detach()
         self._stride, self._dtype = x.stride(), x.dtype
         if torch._C._is_any_autocast_enabled():
-            self._autocast = autocast_now(self._survey.kinds(x))
-        elif survey.simple and step.grid is None:
-            return run_branch(step.call, x, self._kwargs, self)
+            self._autocast = autocast_now(survey.kinds(x))
+        elif survey.simple and self._grid is None:
+            return run_branch(self._call, x, self._kwargs, self)
         if survey.lazy:
             raise RuntimeError(
-                f"branch {type(step.branch).__name__} has lazy parameters that have no shape "
+                f"branch {survey.name} has lazy parameters that have no shape "
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
@@ -262,7 +252,7 @@ class Replay(Memory):
         try:
             # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.
             seen = x.view_as(x) if _global_forward_pre_hooks else x
-            t = self._repeat(self._step.call, seen, self._kwargs, self, aliases)
+            t = self._repeat(self._call, seen, self._kwargs, self, aliases)
         finally:
             torch._C._set_grad_enabled(False)
         wanted = (x if self.needs_x else None, *leaves)
@@ -290,11 +280,11 @@ class Replay(Memory):
 
     def _without_gradients(self, run: Callable[..., Tensor], x: Tensor) -> Tensor:
         """Runs the branch; on a grid by the very code that is run with gradients."""
-        if self._step.grid is None:
-            return run(self._step.call, x, self._kwargs, self)
+        if self._grid is None:
+            return run(self._call, x, self._kwargs, self)
         with torch.enable_grad():
             x = x.detach().requires_grad_(self.needs_x)
-            return run(self._step.call, x, self._kwargs, self).detach()
+            return run(self._call, x, self._kwargs, self).detach()
 
     def _repeat(
         self,
@@ -322,10 +312,11 @@ class Replay(Memory):
                 t = run()
                 for module, name, _ in self.buffers.moved if self.buffers else ():
                     if getattr(get(module._buffers, name), "grad_fn", None) is not None:
-                        warn_of_a_result(self._step.branch, name)
+                        warn_of_a_result(self._survey.modules[0], name)
                 return t
             finally:
-                _take_back(undo)
+                for change in reversed(undo):
+                    _swap(*change)
 
     def _pull(
         self, pull: Pullback, aliases: Mapping[int, Tensor], grad: Tensor
@@ -337,19 +328,17 @@ class Replay(Memory):
             try:
                 return pull(grad)
             finally:
-                _take_back(undo)
+                for change in reversed(undo):
+                    _swap(*change)
 
-    def _put_back(self, aliases: Mapping[int, Tensor], *, usual: bool) -> _Undo:
+    def _put_back(self, aliases: Mapping[int, Tensor], *, usual: bool) -> list[Change]:
         """Makes the branch's modules what they were, and returns what they are now."""
-        wanted = self._wanted(aliases) if not usual else []
-        undo: _Undo = []
-        for module in self._survey.norms:
-            _swap(module.__dict__, "track_running_stats", False, undo)
-        for entry in wanted:
-            _swap(*entry, undo)
-        return undo
+        wanted = [] if usual else self._find_changes(aliases)
+        wanted += [(m.__dict__, "track_running_stats", False) for m in self._survey.norms]
+        return [_swap(*change) for change in wanted]
 
-    def _wanted(self, aliases: Mapping[int, Tensor]) -> list[Change]:
+    def _find_changes(self, aliases: Mapping[int, Tensor]) -> list[Change]:
+        """Lists what is another one in the branch's modules now: where, and what was there."""
         wanted = self._survey.find_changes()
         for own, table, found in self._survey.tables:
             for name, value in found.items():
@@ -362,7 +351,7 @@ class Replay(Memory):
         modules = self._survey.modules
         if wanted and any(isinstance(module, torch.jit.ScriptModule) for module in modules):
             raise RuntimeError(
-                f"branch {type(self._step.branch).__name__} has a ScriptModule, in which nothing "
+                f"branch {self._survey.name} has a ScriptModule, in which nothing "
                 "can be put back as it was in the forward pass: leave its flags, hooks and "
                 "parameters as they are until backward() is done, and its buffers, or store the "
                 "activations, revcore.set_reversing(model, False)."
@@ -382,21 +371,14 @@ def _compute(function: Callable[..., Any], *arguments: Any) -> Any:
     return found
 
 
-def _swap(table: Table, name: str, value: Any, undo: _Undo) -> None:
-    undo.append((table, name, table.get(name, ABSENT)))
-    _put(table, name, value)
-
-
-def _take_back(undo: _Undo) -> None:
-    for entry in reversed(undo):
-        _put(*entry)
-
-
-def _put(table: Table, name: str, value: Any) -> None:
+def _swap(table: Table, name: str, value: Any) -> Change:
+    """Puts a value where another one, which it returns, is."""
+    found = table.get(name, ABSENT)
     if value is ABSENT:
         table.pop(name, None)
     else:
         table[name] = value
+    return table, name, found
 
 
 def run_branch(

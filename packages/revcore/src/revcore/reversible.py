@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from revcore.arguments import tensors_of
-from revcore.compiled import WAYS, find_fault, run_compiled
-from revcore.engine import reverse
+from revcore.compiled import WAYS, Kind, find_fault, run_compiled
+from revcore.engine import Call, can_reverse, thread
 from revcore.known import is_known
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
+from revcore.survey import Groups
+from revcore.tape import Tape
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
@@ -44,8 +48,8 @@ class Reversible(nn.Module):
         log_det: Whether to return the log-determinant too.
     """
 
-    reversing: bool
-    overlap: bool
+    reversing: bool = True
+    overlap: bool = True
     split_dim: int
     log_det: bool = False
 
@@ -64,9 +68,7 @@ class Reversible(nn.Module):
         Raises:
             ValueError: If a single tensor cannot be split in equal streams.
         """
-        if torch.compiler.is_compiling():
-            return self._compiled(x, kwargs, inverted=False)
-        return reverse(self, self._forward, x, kwargs)
+        return self._map(x, kwargs, inverted=False)
 
     def inverse(self, *y: Tensor, **kwargs: Any) -> Tensor | Streams:
         """Maps the output of `forward` back to its input, up to rounding.
@@ -74,9 +76,7 @@ class Reversible(nn.Module):
         Takes, returns and raises what `forward` does, and keeps no activations either. The
         log-determinant is that of the inverse.
         """
-        if torch.compiler.is_compiling():
-            return self._compiled(y, kwargs, inverted=True)
-        return reverse(self, self._inverse, y, kwargs)
+        return self._map(y, kwargs, inverted=True)
 
     @property
     @abstractmethod
@@ -84,16 +84,62 @@ class Reversible(nn.Module):
         """How many streams a single input tensor is split in."""
 
     @abstractmethod
-    def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        """Runs all steps, by the eager engine."""
-
-    @abstractmethod
-    def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        """Undoes all steps, by the eager engine."""
+    def _run(
+        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
+    ) -> Streams:
+        """Runs all steps, or undoes them, by the eager engine, as a part of a call."""
 
     @abstractmethod
     def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
         """Lists the steps for so many streams, and the numbers of those whose input is kept."""
+
+    def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
+        if torch.compiler.is_compiling():
+            return self._compiled(x, kwargs, inverted=inverted)
+        call = thread.call
+        if call is None:
+            # Where the compiled engine refuses a chain, torch runs it eagerly and would compile
+            # parts. Dynamo takes seconds to import, which is torch's matter if it compiles and
+            # never ours.
+            alone = _alone_untraced if "torch._dynamo" in sys.modules else Reversible._alone
+            return alone(self, x, kwargs, inverted=inverted)
+        # It joins the chain around it, whose choice of reversing or storing holds for all.
+        if len(x) < 2:
+            streams = split(x, self.split_dim, self.streams)
+            return join(x, self._run(call, streams, kwargs, inverted=inverted), self.split_dim)
+        # It is called as a module is, whose hooks see its streams.
+        apart, call.apart = call.apart, True
+        try:
+            return self._run(call, x, kwargs, inverted=inverted)
+        finally:
+            call.apart = apart
+
+    def _alone(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
+        streams = split(x, self.split_dim, self.streams)
+        tape = Tape() if self.reversing and can_reverse() else None
+        # Not by setattr, which takes longer for a module.
+        groups = Groups(vars(self).get("_groups"))
+        given = tensors_of(kwargs)
+        call = Call(tape, groups, apart=len(x) > 1, given=given, measures=self.log_det)
+        thread.call = call
+        try:
+            call.expect(streams)
+            outputs = self._run(call, streams, kwargs, inverted=inverted)
+            if tape is not None:
+                call.check(outputs)
+            outputs = call.watch.close(outputs)
+        finally:
+            thread.call = None
+        y = join(x, outputs, self.split_dim)
+        if tape is not None:
+            groups.close()
+            vars(self)["_groups"] = groups
+            if isinstance(y, Tensor):
+                # The joined output is what the next layer keeps: keep views, not the parts beside.
+                sizes = [stream.shape[self.split_dim] for stream in outputs]
+                outputs = tuple(y.detach().split(sizes, self.split_dim))
+            tape.seal(outputs, overlap=self.overlap)
+        return with_log_det(y, call.log_dets) if self.log_det else y
 
     def _compiled(
         self, x: tuple[Tensor, ...], kwargs: dict[str, Any], *, inverted: bool
@@ -101,23 +147,21 @@ class Reversible(nn.Module):
         streams = split(x, self.split_dim, self.streams)
         steps, kept = self._plan(len(streams), inverted=inverted)
         reversing = self.reversing and torch.is_grad_enabled() and _can_reverse_compiled()
-        if reversing and len(tensors_of(kwargs)) > sum(
-            isinstance(v, Tensor) for v in kwargs.values()
-        ):
+        given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+        if reversing and len(tensors_of(kwargs)) > len(given):
             raise RuntimeError(
                 "a compiled chain takes tensors as arguments, but none inside of lists, tuples or "
                 "dicts; pass each by a keyword of its own"
             )
         if reversing and not self._is_known():
-            names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
             constants = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
-            tensors = [*streams, *(kwargs[name] for name in names)]
             # By way of text, because only constants can be passed, and a size that has been another
             # one before is a symbol, which stays one under int() alone.
-            shapes = [[int(f"{size}") for size in tensor.shape] for tensor in tensors]
-            dtypes = [tensor.dtype for tensor in tensors]
-            device = str(tensors[0].device)
-            fault = self._find_fault(inverted, shapes, dtypes, device, names, constants=constants)
+            kinds = [
+                ([int(f"{size}") for size in tensor.shape], tensor.dtype, str(tensor.device))
+                for tensor in (*streams, *given.values())
+            ]
+            fault = self._find_fault(inverted, kinds, list(given), constants)
             if fault:
                 raise RuntimeError(fault)
         if self.log_det:
@@ -137,20 +181,16 @@ class Reversible(nn.Module):
 
     @_constant
     def _find_fault(
-        self,
-        inverted: bool,
-        shapes: list[list[int]],
-        dtypes: list[torch.dtype],
-        device: str,
-        names: list[str],
-        *,
-        constants: dict[str, Any],
+        self, inverted: bool, kinds: list[Kind], names: list[str], constants: dict[str, Any]
     ) -> str:
-        steps, _ = self._plan(len(shapes) - len(names), inverted=inverted)
+        steps, _ = self._plan(len(kinds) - len(names), inverted=inverted)
         modules = (module for step in steps for module in step.branch.modules())
         if any(isinstance(module, Reversible) for module in modules):
             return f"a chain inside of a branch cannot be compiled with the one around it. {WAYS}"
-        return find_fault(steps, shapes, dtypes, device, names, constants=constants)
+        return find_fault(steps, kinds, names, constants)
+
+
+_alone_untraced = _disable_dynamo(Reversible._alone)
 
 
 def set_reversing(module: M, enabled: bool) -> M:

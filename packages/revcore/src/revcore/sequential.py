@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.arguments import tensors_of
 from revcore.block import coupling_of, refuse_hidden_code
 from revcore.coupling import Coupling
-from revcore.engine import is_apart, keep, run
+from revcore.engine import Call, run
 from revcore.hooks import has_global_hooks
 from revcore.invertible import InvertibleStep
 from revcore.reversible import Reversible
@@ -75,14 +74,9 @@ class ReversibleSequential(Reversible, nn.Sequential):
         torch.Size([2, 4])
     """
 
-    split_dim: int
-    reversing: bool
-    overlap: bool
-
     def __init__(self, *blocks: nn.Module, split_dim: int = 1, log_det: bool = False) -> None:
         self.split_dim = split_dim
         self.log_det = log_det
-        self.reversing = self.overlap = True
         super().__init__(*blocks)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -117,9 +111,7 @@ class ReversibleSequential(Reversible, nn.Sequential):
 
     def __add__(self, other: Iterable[nn.Module]) -> ReversibleSequential:
         """Returns a chain of these blocks and others, which share parameters."""
-        part: ReversibleSequential = self[:]
-        for block in other:
-            part.append(block)
+        part: ReversibleSequential = self[:].extend(other)
         return part
 
     def __mul__(self, other: int) -> ReversibleSequential:
@@ -139,49 +131,37 @@ class ReversibleSequential(Reversible, nn.Sequential):
     @property
     def streams(self) -> int:
         """How many streams a single input tensor is split in: as many as the couplings have."""
-        # A plain loop, because older Dynamos cannot trace max(..., default=1).
-        count = 1
-        for block in self:
-            if isinstance(block, _OURS) and block.streams > count:
-                count = block.streams
-        return count
+        # A list, because older Dynamos cannot trace max(..., default=1).
+        return max([1, *[block.streams for block in self if isinstance(block, _OURS)]])
 
     def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
         steps: list[Step] = []
         kept: list[int] = []
         for block in reversed(list(self)) if inverted else self:
             refuse_hidden_code(block)
+            own_kept: list[int] = []
             if isinstance(block, Reversible):
                 own, own_kept = block._plan(count, inverted=inverted)
             elif isinstance(block, Coupling):
-                own_kept = []
-                own = list(block.inverse_half_steps() if inverted else block.half_steps())
+                own = list(block._steps(inverted=inverted))
             else:
-                own_kept = []
                 own = [InvertibleStep(block, count, self.split_dim, inverted=inverted)]
             kept += [len(steps) + number for number in own_kept]
             steps += own
         return steps, kept
 
-    def _forward(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        return self._run(streams, kwargs, inverted=False)
-
-    def _inverse(self, *streams: Tensor, **kwargs: Any) -> Streams:
-        return self._run(streams, kwargs, inverted=True)
-
-    def _run(self, streams: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Streams:
-        blocks: list[Any] = list(self)
-        if inverted:
-            blocks.reverse()
+    def _run(
+        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
+    ) -> Streams:
+        blocks: list[Any] = list(self)[:: -1 if inverted else 1]
         # A shared node holds one gradient of each argument for each of its steps, too.
-        arguments = tensors_of(kwargs) if kwargs else []
-        small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, arguments))
+        small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, call.given))
         hooked = has_global_hooks()
-        inside = is_apart() and _writes_all(blocks[-1], len(streams)) if blocks else False
+        inside = call.apart and _writes_all(blocks[-1], len(streams)) if blocks else False
         steps: list[Step] = []
         for block in blocks:
             coupling = None if hooked else coupling_of(block)
-            kept = coupling not in (None, block) and _keeps(block, inverted=inverted)
+            kept = coupling not in (None, block) and block._keeps(inverted=inverted)
             # With a node of its own for the last block, the peak is the same at any depth: only
             # the first gradients may take no memory, as those of a sum.
             shares = (
@@ -190,9 +170,9 @@ class ReversibleSequential(Reversible, nn.Sequential):
             if steps and (kept or not shares or len(steps) >= _STEPS_AT_ONCE):
                 streams, steps = run(steps, streams, kwargs, inside=inside), []
             if kept:
-                keep(streams)
+                call.keep(streams)
             if coupling is not None:
-                steps += coupling.inverse_half_steps() if inverted else coupling.half_steps()
+                steps += coupling._steps(inverted=inverted)
             elif isinstance(block, _OURS):
                 streams = as_streams((block.inverse if inverted else block)(*streams, **kwargs))
             else:
@@ -217,10 +197,6 @@ def _writes_all(block: nn.Module, count: int) -> bool:
     if coupling is None:
         return not isinstance(block, _OURS)
     return len({index for step in coupling.half_steps() for index in step.writes}) == count
-
-
-def _keeps(block: Any, *, inverted: bool) -> bool:
-    return bool(block.keep_input_inverse if inverted else block.keep_input)
 
 
 def _is_tiny(coupling: Coupling) -> bool:

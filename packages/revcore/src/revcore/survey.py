@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.hooks import has_global_hooks
-from revcore.known import BATCH_NORMS, are_self_contained, is_declared, is_known, is_plain
+from revcore.hooks import HOOKS, has_global_hooks, has_hooks
+from revcore.known import BATCH_NORMS, CONTAINED, are_self_contained, is_known, is_plain
 
 Table = dict[str, Any]
 
@@ -28,8 +28,7 @@ Change = tuple[Table, str, Any]
 ABSENT = object()
 """Stands for no entry of a table."""
 
-# What runs with a module. The others tell how the hooks are called, if there are any.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# These tell how hooks are called, if there are any.
 _KINDS_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 # Attributes that a user may set between forward and backward: what is active, how much is dropped.
@@ -60,6 +59,7 @@ class Survey:
 
     Attributes:
         modules: All modules, each once; first the branch.
+        name: That of the branch's class.
         flags: Modules whose training flags may matter, and these.
         tables: The attributes of each module with parameters, their table, and what it holds.
         code: Where to find a module's hooks, and a `forward` of its own, and what is there. None
@@ -102,10 +102,9 @@ class Survey:
                 tensors += found.values()
             own = module.__dict__
             self.code.append((own, "forward", own.get("forward")))
-            hooked = any(own.get(name) for name in _HOOKS)
-            for name in (*_HOOKS, *_KINDS_OF_HOOKS) if hooked else _HOOKS:
+            for name in (*HOOKS, *_KINDS_OF_HOOKS) if has_hooks(module) else HOOKS:
                 self.code.append((own, name, OrderedDict(own.get(name) or ()) or None))
-            if not (module._buffers or is_declared(module)):
+            if not (module._buffers or type(module) in CONTAINED):
                 self.unbuffered.append(module)
             elif module._buffers:
                 buffers += module._buffers.values()
@@ -115,6 +114,7 @@ class Survey:
                 norm = module.training and type(module) in BATCH_NORMS
                 (self.norms if norm else self.buffered).append(module)
         self.modules = modules
+        self.name = type(branch).__name__
         watched = [module for module in modules if not is_plain(module)]
         for module in watched:
             if type(module) not in BATCH_NORMS and not isinstance(module, torch.jit.ScriptModule):
@@ -209,13 +209,11 @@ class Group:
 
     def holds(self) -> bool:
         """Tells whether new surveys would be the same."""
-        if [*map(type, self.modules)] != self._types or any(self._empty):
-            return False
-        for own, inner, parameters in self._owned:
-            if own["_modules"] is not inner or own["_parameters"] is not parameters:
-                return False
         return (
-            not has_global_hooks()
+            [*map(type, self.modules)] == self._types
+            and not any(self._empty)
+            and all(own["_modules"] is m and own["_parameters"] is p for own, m, p in self._owned)
+            and not has_global_hooks()
             and needs_of(self.tensors) == self._needed
             and self.has_its_modules()
             and self.is_as_it_was()
@@ -227,12 +225,10 @@ class Group:
 
     def is_as_it_was(self) -> bool:
         """Tells whether modules have the flags, settings, hooks and parameters that they had."""
-        for module, flag in self._flags:
-            if module.training is not flag:
-                return False
         tables, names, values = self._settings
         return (
-            not any(map(contains, self._bare, repeat("forward")))
+            all(module.training is flag for module, flag in self._flags)
+            and not any(map(contains, self._bare, repeat("forward")))
             and _same(self._parameters, self._values)
             and not any(self._unhooked)
             and all(map(is_, map(dict.get, tables, names), values))

@@ -8,6 +8,7 @@ from the outputs: `_seek(k)` gives the streams as they stood before step `k`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from revcore.randomness import is_capturing
 from revcore.replay import Replay
 from revcore.step import Differentiate, Gradients, Step
 from revcore.streams import Streams
-from revcore.versions import version
+from revcore.versions import versions
 
 _SECOND_TIME = (
     "Trying to backward through a reversible chain a second time, after its saved outputs have "
@@ -33,7 +34,7 @@ class Saved:
         # A detached tensor shares storage and version counter with the caller's, and holds no
         # graph: no reference cycle, and every in-place change is seen, through views too.
         self._tensors = tuple(stream.detach() for stream in streams)
-        self._versions = tuple(version(stream) for stream in self._tensors)
+        self._versions = versions(self._tensors)
         self._what = what
 
     def get(self) -> list[Tensor]:
@@ -42,7 +43,7 @@ class Saved:
         Raises:
             RuntimeError: If one of them has been changed in place.
         """
-        if self._versions != tuple(version(stream) for stream in self._tensors):
+        if self._versions != versions(self._tensors):
             raise RuntimeError(
                 f"{self._what} has been modified by an in-place operation, so its activations "
                 "cannot be reconstructed. Use the out-of-place version, such as torch.relu(y) for "
@@ -67,14 +68,9 @@ class Tape:
         self._side: torch.cuda.Stream | None = None
         # The step before the one that was differentiated last, if it has been rebuilt meanwhile.
         self._ahead: tuple[int, list[Tensor], Differentiate, torch.cuda.Stream] | None = None
-        self._released = False
 
-    def keep(self, streams: Streams) -> None:
-        """Keeps the streams as they stand now, as an exact point to restart from."""
-        self.keep_before(len(self.records), streams)
-
-    def keep_before(self, index: int, streams: Streams) -> None:
-        """Keeps the streams as they stood before step `index`."""
+    def keep(self, index: int, streams: Streams) -> None:
+        """Keeps the streams as they stood before step `index`, to restart from exactly."""
         self.anchors[index] = Saved(streams, "a kept input of a reversible chain")
 
     def seal(self, outputs: Sequence[Tensor], *, overlap: bool) -> None:
@@ -104,33 +100,27 @@ class Tape:
         Raises:
             RuntimeError: If what the chain kept has been freed or changed in place.
         """
-        if self._released:
+        if not self.records:
             raise RuntimeError(_SECOND_TIME)
         # One look at the branches is enough for all of these steps.
         seen = self.records[steps.start][1].seen
         seen.same = seen.look()
+        found: list[Tensor | None] = []
         try:
-            return self._differentiate(steps, grads, retain=retain)
+            if self._side is not None:
+                for index in reversed(steps):
+                    found += self._overlapped(self._side, index, grads, retain=retain)
+            else:
+                streams = self._seek(steps.stop, retain=retain)
+                for index in reversed(steps):
+                    found += self._rebuild(index, streams)(grads)
+                self._cursor = (steps.start, streams)
         finally:
             seen.same = None
-
-    def _differentiate(
-        self, steps: range, grads: Gradients, *, retain: bool
-    ) -> list[Tensor | None]:
-        found: list[Tensor | None] = []
-        if self._side is not None:
-            for index in reversed(steps):
-                found += self._overlapped(self._side, index, grads, retain=retain)
-        else:
-            streams = self._seek(steps.stop, retain=retain)
-            for index in reversed(steps):
-                found += self._rebuild(index, streams)(grads)
-            self._cursor = (steps.start, streams)
         if steps.start == 0:
             self._cursor = None
             if not retain:
                 # Nothing needs the tape any more, and the graph may live as long as the loss.
-                self._released = True
                 self.records.clear()
                 self.truth.clear()
                 self.anchors.clear()
@@ -179,9 +169,7 @@ class Tape:
         cursor, self._cursor = self._cursor, None
         if cursor is not None and cursor[0] == index:
             return cursor[1]
-        start = len(self.records)
-        if self.anchors:
-            start = min((i for i in self.anchors if i >= index), default=start)
+        start = min((i for i in self.anchors if i >= index), default=len(self.records))
         if cursor is not None and index <= cursor[0] <= start:
             position, streams = cursor
         else:
@@ -204,11 +192,7 @@ class Tape:
         return streams
 
 
-_sides: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """Returns the second CUDA stream of a device, always the same."""
-    if device not in _sides:
-        _sides[device] = torch.cuda.Stream(device)
-    return _sides[device]
+    return torch.cuda.Stream(device)
