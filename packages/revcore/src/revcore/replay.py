@@ -31,7 +31,7 @@ from revcore.remember import Memory, thread
 from revcore.step import Pullback
 from revcore.survey import ABSENT, Change, Group, Survey, Table, needs_of
 from revcore.turns import TURN
-from revcore.versions import changed, contents, version
+from revcore.versions import changed, contents
 
 _CAPTURING = (
     "random numbers in a reversible branch cannot be replayed while a CUDA graph is being captured."
@@ -265,11 +265,23 @@ class Replay(Memory):
         Raises:
             RuntimeError: If it changes a stream in place, which may be the caller's.
         """
+        stream = arguments[0]
+        try:
+            before = stream._version
+        except (AttributeError, RuntimeError):  # no tensor, or an inference tensor
+            before = None
         if self._autocast or torch._C._is_any_autocast_enabled():
             kind = next(x.device.type for x in arguments if isinstance(x, Tensor))
             with autocast_as(self._autocast, ("cpu", kind)):
-                return _compute(function, *arguments)
-        return _compute(function, *arguments)
+                found = function(*arguments)
+        else:
+            found = function(*arguments)
+        if before is not None and stream._version != before:
+            raise RuntimeError(
+                f"{getattr(function, '__qualname__', function)} changes its first argument in "
+                "place, which may be the output of the chain; let it return a new tensor"
+            )
+        return found
 
     def _lay_out(self, x: Tensor) -> Tensor:
         """Copies `x` to the strides and dtype that the branch saw first; others give other bits."""
@@ -357,18 +369,6 @@ class Replay(Memory):
                 "activations, revcore.set_reversing(model, False)."
             )
         return wanted
-
-
-def _compute(function: Callable[..., Any], *arguments: Any) -> Any:
-    first = arguments[0]
-    before = version(first) if isinstance(first, Tensor) else 0
-    found = function(*arguments)
-    if isinstance(first, Tensor) and version(first) != before:
-        raise RuntimeError(
-            f"{getattr(function, '__qualname__', function)} changes its first argument in place, "
-            "which may be the output of the chain; let it return a new tensor"
-        )
-    return found
 
 
 def _swap(table: Table, name: str, value: Any) -> Change:

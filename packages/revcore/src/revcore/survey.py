@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from operator import attrgetter, contains, is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -43,6 +42,15 @@ def needs_of(tensors: list[Tensor]) -> list[bool]:
     return [*map(_requires_grad, tensors)]
 
 
+def _columns(entries: list[Change]) -> tuple[Any, ...]:
+    return tuple(zip(*entries, strict=True)) or ((), (), ())
+
+
+def _hold(tables: Sequence[Table], names: Sequence[str], values: Sequence[Any]) -> bool:
+    """Tells whether tables have the very same values by these names; None stands for nothing."""
+    return all(map(is_, map(dict.get, tables, names), values))
+
+
 def _same(tables: list[Table], values: list[Any]) -> bool:
     """Tells whether tables hold the very same values."""
     now: list[Any] = []
@@ -60,7 +68,7 @@ class Survey:
     Attributes:
         modules: All modules, each once; first the branch.
         name: That of the branch's class.
-        flags: Modules whose training flags may matter, and these.
+        flags: ScriptModules, which have no table of attributes, and their training flags.
         tables: The attributes of each module with parameters, their table, and what it holds.
         code: Where to find a module's hooks, and a `forward` of its own, and what is there. None
             stands for nothing.
@@ -77,7 +85,8 @@ class Survey:
         lasts: Whether the survey may be kept until the next call.
         known: Whether all of them are torch's own.
         walked: Whether a graph of the branch has been looked through.
-        settings: Attributes that are numbers, flags or texts: where, by what name, and their value.
+        settings: Attributes that may matter and are flags, numbers or texts: where, by what name,
+            and their value.
     """
 
     walked = False
@@ -116,15 +125,19 @@ class Survey:
         self.modules = modules
         self.name = type(branch).__name__
         watched = [module for module in modules if not is_plain(module)]
+        scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
         for module in watched:
-            if type(module) not in BATCH_NORMS and not isinstance(module, torch.jit.ScriptModule):
+            if type(module) not in BATCH_NORMS and module not in scripted:
                 own = module.__dict__
                 settings = [(own, name, own[name]) for name in own if name not in _OTHERS]
                 self.settings += [entry for entry in settings if type(entry[2]) in _SETTINGS]
         # Code that is not torch's may look at the flag of any module inside.
         if any(type(module) not in BATCH_NORMS for module in watched):
             watched = modules
-        self.flags = [(module, module.training) for module in watched]
+        self.settings += [
+            (m.__dict__, "training", m.training) for m in watched if m not in scripted
+        ]
+        self.flags = [(module, module.training) for module in scripted]
         self.tensors: list[Tensor] = [t for t in dict.fromkeys(tensors) if t is not None]
         self.needed = needs_of(self.tensors)
         self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad]
@@ -137,7 +150,6 @@ class Survey:
         self.simple = self.contained and not self.buffered and not self.lazy
         # Of what was computed from other parameters (functional_call) nothing must stay alive, and
         # a ScriptModule makes its tables anew each time that it is asked.
-        scripted = any(isinstance(module, torch.jit.ScriptModule) for module in modules)
         # Nor may what a hook holds stay alive once it is removed.
         hooked = has_global_hooks() or any(value is not None for *_, value in self.code)
         self.lasts = self.plain and not (self.lazy or scripted or hooked)
@@ -194,14 +206,20 @@ class Group:
         self._flags = [flag for survey in surveys for flag in survey.flags]
         code = [entry for survey in surveys for entry in survey.code]
         settings = [entry for survey in surveys for entry in survey.settings]
-        self._settings: Any = [*zip(*settings, strict=True)] or ((), (), ())
+        settings += [entry for entry in code if entry[1] == "forward" and entry[2] is None]
+        self._settings = _columns(settings)
         self._code = [entry for entry in code if entry[2] is not None]
-        self._bare = [own for own, name, value in code if name == "forward" and value is None]
         self._unhooked = [own[name] for own, name, value in code if name in own and value is None]
         if self.lasts:
             self._needed = needs_of(self.tensors)
             self._types = [*map(type, modules)]
-            self._owned = [(m.__dict__, m._modules, m._parameters) for m in modules]
+            self._owned = _columns(
+                [
+                    (m.__dict__, n, m.__dict__[n])
+                    for m in modules
+                    for n in ("_modules", "_parameters")
+                ]
+            )
             self._inner = [module._modules for module in modules if module._modules]
             self._inner_values = [value for table in self._inner for value in table.values()]
             own = [(m._modules, m._parameters, m._buffers) for m in modules]
@@ -212,7 +230,7 @@ class Group:
         return (
             [*map(type, self.modules)] == self._types
             and not any(self._empty)
-            and all(own["_modules"] is m and own["_parameters"] is p for own, m, p in self._owned)
+            and _hold(*self._owned)
             and not has_global_hooks()
             and needs_of(self.tensors) == self._needed
             and self.has_its_modules()
@@ -225,14 +243,12 @@ class Group:
 
     def is_as_it_was(self) -> bool:
         """Tells whether modules have the flags, settings, hooks and parameters that they had."""
-        tables, names, values = self._settings
         return (
-            all(module.training is flag for module, flag in self._flags)
-            and not any(map(contains, self._bare, repeat("forward")))
+            _hold(*self._settings)
             and _same(self._parameters, self._values)
             and not any(self._unhooked)
-            and all(map(is_, map(dict.get, tables, names), values))
-            and all(own.get(name) == value for own, name, value in self._code)
+            and not (self._flags and any(m.training is not flag for m, flag in self._flags))
+            and not (self._code and any(own.get(name) != was for own, name, was in self._code))
         )
 
 
