@@ -25,11 +25,11 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _KNOWN = _PLAIN.union(BATCH_NORMS)
 
 # What runs when they are called, which somebody may replace.
-_CODE = frozenset({"forward", "_conv_forward"})
+CODE = ("forward", "_conv_forward")
 
 
 def _code_of(kind: Any) -> list[Any]:
-    return [getattr(kind, name, None) for name in _CODE]
+    return [getattr(kind, name, None) for name in CODE]
 
 
 _FOUND = {kind: _code_of(kind) for kind in _KNOWN}
@@ -98,6 +98,6 @@ def _is_changed(module: nn.Module) -> bool:
     kind: Any = type(module)
     return (
         bool(module._forward_hooks or module._forward_pre_hooks)
-        or not _CODE.isdisjoint(module.__dict__)
+        or any(name in module.__dict__ for name in CODE)
         or (kind in _KNOWN and _code_of(kind) != _FOUND[kind])
     )

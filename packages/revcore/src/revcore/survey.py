@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from revcore.hooks import HOOKS, has_global_hooks, has_hooks
-from revcore.known import BATCH_NORMS, CONTAINED, are_self_contained, is_known, is_plain
+from revcore.known import BATCH_NORMS, CODE, CONTAINED, are_self_contained, is_known, is_plain
 
 Table = dict[str, Any]
 
@@ -70,8 +70,8 @@ class Survey:
         name: That of the branch's class.
         flags: ScriptModules, which have no table of attributes, and their training flags.
         tables: The attributes of each module with parameters, their table, and what it holds.
-        code: Where to find a module's hooks, and a `forward` of its own, and what is there. None
-            stands for nothing.
+        code: Where to find a module's hooks, and code of its own that runs in place of its class's,
+            and what is there. None stands for nothing.
         tensors: All parameters, each once.
         needed: Which of them require a gradient.
         leaves: Those that do.
@@ -110,7 +110,7 @@ class Survey:
                 self.tables.append((module.__dict__, module._parameters, found))
                 tensors += found.values()
             own = module.__dict__
-            self.code.append((own, "forward", own.get("forward")))
+            self.code += [(own, name, own.get(name)) for name in CODE]
             for name in (*HOOKS, *_KINDS_OF_HOOKS) if has_hooks(module) else HOOKS:
                 self.code.append((own, name, OrderedDict(own.get(name) or ()) or None))
             if not (module._buffers or type(module) in CONTAINED):
@@ -172,7 +172,7 @@ class Survey:
         for own, name, value in self.code:
             now = own.get(name)
             if now != value and (now or value):
-                was = OrderedDict(value or ()) if name != "forward" else value or ABSENT
+                was = OrderedDict(value or ()) if name not in CODE else value or ABSENT
                 changes.append((own, name, was))
         for own, name, value in self.settings:
             if own.get(name, ABSENT) is not value:
@@ -206,7 +206,7 @@ class Group:
         self._flags = [flag for survey in surveys for flag in survey.flags]
         code = [entry for survey in surveys for entry in survey.code]
         settings = [entry for survey in surveys for entry in survey.settings]
-        settings += [entry for entry in code if entry[1] == "forward" and entry[2] is None]
+        settings += [entry for entry in code if entry[1] in CODE and entry[2] is None]
         self._settings = _columns(settings)
         self._code = [entry for entry in code if entry[2] is not None]
         self._unhooked = [own[name] for own, name, value in code if name in own and value is None]
