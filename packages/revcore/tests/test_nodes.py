@@ -13,6 +13,12 @@ from torch import Tensor, nn
 import revcore
 
 
+@pytest.fixture(autouse=True)
+def few_steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short chains have several nodes, too."""
+    monkeypatch.setattr("revcore.sequential._STEPS_AT_ONCE", 16)
+
+
 def nodes_of(y: Tensor) -> int:
     """Counts the engine's nodes in a graph."""
     seen, nodes = set(), [y.grad_fn]

@@ -27,7 +27,7 @@ from revcore.grid import GridWatch
 from revcore.replay import Replay, Seen, run_branch
 from revcore.step import Step
 from revcore.streams import Streams
-from revcore.survey import Groups
+from revcore.survey import Group, Groups
 from revcore.tape import Tape
 from revcore.versions import versions
 
@@ -38,7 +38,8 @@ class Call:
 
     Attributes:
         tape: What a reversing call records; None for one that stores.
-        groups: Those of the container's branches.
+        groups: Those of the container's branches at the call before.
+        found: Those of this call.
         apart: Whether somebody gets the streams one by one.
         given: The tensors among its extra arguments.
         measures: Whether the steps give their log-determinants.
@@ -50,6 +51,7 @@ class Call:
 
     tape: Tape | None = None
     groups: Groups = field(default_factory=Groups)
+    found: dict[int, Group] = field(default_factory=dict)
     apart: bool = False
     given: Sequence[Tensor] = ()
     measures: bool = False
@@ -109,8 +111,11 @@ class _StepsNode(torch.autograd.Function):
                 before = tuple(streams[:count])
             if tape.drift is not None:
                 tape.truth.append(tuple(x.detach() for x in before))
-            call.watch.apply(step, replay.first_run, streams)
-            if not step.repeats and replay.moved and index not in tape.anchors:
+            if step.grid is None:
+                step.apply(replay.first_run, streams)
+            else:
+                call.watch.apply(step, replay.first_run, streams)
+            if not step.repeats and replay.end() and index not in tape.anchors:
                 tape.keep(index, before)
                 _warn_of_a_kept_input(step)
             del before  # or the first one is alive until the last
@@ -206,7 +211,7 @@ def _run_reversed(
     """Runs steps as a node, from the first that needs a gradient."""
     records: _Records = []
     needs = [stream.requires_grad for stream in streams]
-    group = call.groups.get(call.branches, [step.branch for step in steps])
+    group = call.groups.get(call.branches, [step.branch for step in steps], call.found)
     call.branches += len(steps)
     seen = Seen(group, kwargs, call.given)
     for step, survey in zip(steps, group.surveys, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,6 @@ from revcore.survey import Survey
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 _Leaf = torch._C._functions.AccumulateGrad
-
-# Branches whose attributes have been looked at for side results.
-_searched: WeakSet[nn.Module] = WeakSet()
 
 
 def differentiate(
@@ -42,10 +38,6 @@ def differentiate(
     if t.requires_grad and (has_arguments or not (survey.contained and survey.walked)):
         survey.walked = True
         refuse_foreign_leaves(t, wanted, f"branch {survey.name}")
-        branch = survey.modules[0]
-        if not survey.contained and branch not in _searched:
-            _searched.add(branch)
-            _warn_of_side_results(branch)
     if not (t.requires_grad and wanted):
         return [None] * len(inputs)
     if grad.dtype != t.dtype:
@@ -56,20 +48,10 @@ def differentiate(
     return found if wanted is inputs else (None, *found)
 
 
-def _warn_of_side_results(branch: nn.Module) -> None:
-    """Warns if a run has left tensors with gradients in attributes, as an auxiliary loss may be."""
-    for name, module in branch.named_modules():
-        for attribute, value in vars(module).items():
-            if not isinstance(value, Tensor) or value.grad_fn is None:
-                continue
-            # A weight that is computed from a weight_orig or weight_g beside it is none.
-            names = [key for key, _ in module.named_parameters(recurse=False)]
-            if not any(key.startswith(f"{attribute}_") for key in names):
-                warn_of_a_result(branch, f"{name}.{attribute}" if name else attribute)
-
-
-def warn_of_a_result(branch: nn.Module, where: str) -> None:
-    """Warns of a tensor that a branch has left somewhere."""
+def warn_of_a_result(branch: nn.Module, module: nn.Module, attribute: str) -> None:
+    """Warns of a tensor that a branch has left in an attribute, as an auxiliary loss may be."""
+    name = next(name for name, part in branch.named_modules() if part is module)
+    where = f"{name}.{attribute}" if name else attribute
     warnings.warn(
         f"branch {type(branch).__name__} leaves a result in its attribute {where!r}. A loss of it "
         "has no gradient: compute it from the chain's outputs, or store the activations, "

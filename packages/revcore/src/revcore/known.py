@@ -7,36 +7,33 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from revcore.hooks import has_hooks
+
 M = TypeVar("M", bound=type[nn.Module])
 
-# Modules that draw nothing, and do the same in training and in evaluation.
-_PLAIN: frozenset[type[nn.Module]] = frozenset(
-    {
-        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
-        *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d),
-        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
-    }
-)
-
-# These read their running statistics only in evaluation. Subclasses may use their buffers in other
-# ways.
+# Subclasses may use their buffers in other ways than these.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-_KNOWN = _PLAIN.union(BATCH_NORMS)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
-# What runs when they are called, which somebody may replace.
-CODE = ("forward", "_conv_forward")
+# The list need not be complete.
+_OF_TORCH: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Sequential, nn.ModuleList),
+    *(nn.LayerNorm, nn.GroupNorm, nn.Flatten, nn.Unflatten, nn.ZeroPad2d, *BATCH_NORMS),
+    *_DROPOUTS,
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+)
+
+# What runs when a module is called, which somebody may replace.
+_CODE = ("forward", "_conv_forward")
 
 
-def _code_of(kind: Any) -> list[Any]:
-    return [getattr(kind, name, None) for name in CODE]
+def _code_of(kind: type[nn.Module]) -> list[Any]:
+    return [getattr(kind, name, None) for name in _CODE]
 
 
-_FOUND = {kind: _code_of(kind) for kind in _KNOWN}
-
-# Modules whose results come from what they hold and from their arguments alone. The list need not
-# be complete.
-CONTAINED: set[type[nn.Module]] = {*_KNOWN}
+# Modules whose results come from what they hold and from their arguments alone, with their code.
+_contained = {kind: _code_of(kind) for kind in _OF_TORCH}
 
 
 def self_contained(module: M) -> M:
@@ -68,36 +65,27 @@ def self_contained(module: M) -> M:
         raise TypeError(
             f"module must be a class, got an object of {type(module).__name__}; decorate its class"
         )
-    CONTAINED.add(module)
+    _contained[module] = _code_of(module)
     return module
 
 
 def are_self_contained(modules: Sequence[nn.Module]) -> bool:
     """Tells whether these modules are known to use nothing from elsewhere."""
     return all(
-        type(module) in CONTAINED
-        and not _is_changed(module)
+        _contained.get(type(module)) == _code_of(type(module))
+        and not has_hooks(module)
+        and not any(name in vars(module) for name in _CODE)
         # Such as a weight that another net has made.
-        and not any(isinstance(value, Tensor) for value in module.__dict__.values())
+        and not any(isinstance(value, Tensor) for value in vars(module).values())
         for module in modules
     )
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Tells whether a module is known to do the same in training and in evaluation."""
-    return type(module) in _PLAIN and not _is_changed(module)
+def draw(modules: Sequence[nn.Module]) -> bool:
+    """Tells whether modules that are self-contained, or torch's own, draw random numbers."""
+    return any(type(module) in _DROPOUTS and module.training for module in modules)
 
 
-def is_known(module: nn.Module) -> bool:
-    """Tells whether a module is torch's own, and of those that use nothing but what they hold."""
-    return type(module) in _KNOWN and not _is_changed(module)
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Tells whether something else runs with a module, or in its place."""
-    kind: Any = type(module)
-    return (
-        bool(module._forward_hooks or module._forward_pre_hooks)
-        or any(name in module.__dict__ for name in CODE)
-        or (kind in _KNOWN and _code_of(kind) != _FOUND[kind])
-    )
+def are_of_torch(modules: Sequence[nn.Module]) -> bool:
+    """Tells whether these modules are torch's own, and of those that are self-contained."""
+    return all(type(module) in _OF_TORCH for module in modules) and are_self_contained(modules)

@@ -11,8 +11,8 @@ looked at quickly (`revcore.survey`) and only what is not is put back piece by p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -24,14 +24,15 @@ from torch.nn.utils import parametrize
 
 from revcore.arguments import Arguments, exchange, takes_gradient, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
-from revcore.buffers import Buffers, get, notes_of
+from revcore.buffers import Copy, copy_all, settle
 from revcore.graph import differentiate, warn_of_a_result
-from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states
+from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states, is_capturing
 from revcore.remember import Memory, thread
+from revcore.snapshot import Snapshot, fill
 from revcore.step import Pullback
-from revcore.survey import ABSENT, Change, Group, Survey, Table, needs_of
+from revcore.survey import Group, Survey, needs_of
 from revcore.turns import TURN
-from revcore.versions import changed, contents
+from revcore.versions import changed, contents, version
 
 _CAPTURING = (
     "random numbers in a reversible branch cannot be replayed while a CUDA graph is being captured."
@@ -44,7 +45,8 @@ _OTHER_DRAWS = (
 )
 
 _hooks = attrgetter("_backward_hooks")
-_buffers = attrgetter("_buffers")
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_set_grad_enabled = torch._C._set_grad_enabled
 _NOTHING: Mapping[int, Tensor] = {}
 _AS_IT_IS = nullcontext()
 
@@ -64,39 +66,47 @@ class Seen:
     """
 
     same: bool | None = None
+    usual = False
 
     def __init__(self, group: Group, kwargs: Arguments, given: Sequence[Tensor]) -> None:
         self._group = group
         self.given = given
         self.kwargs = kwargs
-        self._tensors = group.tensors
+        self._tensors, self._needed = group.tensors, group.needed
         if kwargs:
             self._tensors = [*group.tensors, *tensors_of(kwargs)]
+            self._needed = needs_of(self._tensors)
         self._contents = contents(self._tensors)
+        self.quick = not (kwargs or _is_any_autocast_enabled())
 
     def look(self) -> bool:
         """Tells whether the modules are as they were.
 
         Raises:
-            RuntimeError: If a parameter or an argument was changed in place.
+            RuntimeError: If a parameter, an argument or a constant was changed in place.
         """
         now = contents(self._tensors)
         if now != self._contents:
             changes = zip(self._tensors * 2, now, self._contents, strict=True)
-            raise changed(self._name(next(tensor for tensor, a, b in changes if a != b)))
-        if not self._group.has_its_modules():
-            names = " or ".join(sorted({type(branch).__name__ for branch in self._group.branches}))
-            raise RuntimeError(
-                f"a module inside of {names} was replaced between forward and backward, so a "
-                "reversible branch cannot be repeated. Call backward() before replacing it."
-            )
-        return self._group.is_as_it_was()
+            raise changed(self.name(next(tensor for tensor, a, b in changes if a != b)))
+        same = self._group.snapshot.holds()
+        self.usual = (
+            same
+            and needs_of(self._tensors) == self._needed
+            and not any(map(_hooks, self._tensors))
+            and not (self._tensors and is_capturing(self._tensors[0].device))
+            and not _is_any_autocast_enabled()
+            and not _global_forward_pre_hooks
+        )
+        return same
 
-    def _name(self, tensor: Tensor) -> str:
+    def name(self, tensor: Tensor) -> str:
+        """Says which tensor this is."""
         for module in self._group.modules:
-            for name, value in module._parameters.items():
-                if value is tensor:
-                    return f"parameter {name!r} of {type(module).__name__}"
+            for kind in ("parameter", "buffer"):
+                for name, value in getattr(module, f"_{kind}s").items():
+                    if value is tensor:
+                        return f"{kind} {name!r} of {type(module).__name__}"
         items = self.kwargs.items()
         names = [n for n, v in items if any(t is tensor for t in tensors_of({n: v}))]
         branches = {type(branch).__name__ for branch in self._group.branches}
@@ -114,7 +124,6 @@ class Replay(Memory):
 
     Attributes:
         seen: See above.
-        buffers: How the first run found those that the second must find so, too.
         leaves: The tensors beside the input that the branch must give a gradient.
         needs_x: Whether the branch must give its input one.
     """
@@ -122,7 +131,11 @@ class Replay(Memory):
     needs_x = False
     _autocast: Autocast = ()
     _before = _after = NO_STATES
-    buffers: Buffers | None = None
+    # Buffers that the first run may have changed, and those that it has not.
+    _copies: Sequence[Copy] = ()
+    _still: Sequence[Copy] = ()
+    # What an inverse must find, if that is asked.
+    _end: Snapshot | None = None
     _left: Sequence[Tensor] = ()
 
     def __init__(
@@ -133,6 +146,8 @@ class Replay(Memory):
         self._kwargs = kwargs = seen.kwargs
         self._tensors, self._needed, self.leaves = survey.tensors, survey.needed, survey.leaves
         self._plain = survey.plain
+        self._quick = seen.quick and survey.of_torch and grid is None
+        self._shared = self._snapshot = survey.snapshot
         if kwargs:
             self._tensors = list(dict.fromkeys(self._tensors + tensors_of(kwargs)))
             self._needed = needs_of(self._tensors)
@@ -146,6 +161,12 @@ class Replay(Memory):
             TypeError: If the branch returns anything but a tensor.
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
+        if self._quick:
+            self._stride, self._dtype = x.stride(), x.dtype
+            if not self._survey.draws:
+                return run_branch(self._call, x, self._kwargs)
+            with TURN:
+                return self._draw(x)
         if not self._kwargs:
             return self._first_run(x)
         # The branch gets the very objects that it was called with, and may leave something there.
@@ -159,46 +180,56 @@ class Replay(Memory):
 
     def _first_run(self, x: Tensor) -> Tensor:
         survey = self._survey
-        if not survey.known:
+        if not survey.contained:
             # A stand-in, because a hook that a branch sets on its input belongs to the repetition.
             x = x.detach()
         self._stride, self._dtype = x.stride(), x.dtype
-        if torch._C._is_any_autocast_enabled():
+        if _is_any_autocast_enabled():
             self._autocast = autocast_now(survey.kinds(x))
-        elif survey.simple and self._grid is None:
-            return run_branch(self._call, x, self._kwargs, self)
+        elif survey.simple and self._grid is None and not survey.draws:
+            return self._run(x)
         if survey.lazy:
             raise RuntimeError(
                 f"branch {survey.name} has lazy parameters that have no shape "
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
-            modules = [*survey.buffered, *survey.unbuffered]
-            before = notes_of(modules) if any(map(_buffers, modules)) else ()
+            # Another branch of the node may have changed something of a module that they share.
+            if not self._snapshot.holds():
+                self._survey = survey = Survey(survey.modules[0])
+                self._snapshot = survey.snapshot
+            copies = copy_all(survey.buffers)
             t = self._draw(x)
-            if before or any(map(_buffers, modules)):
-                self.buffers = Buffers(modules, before)
+            if copies:
+                self._copies, self._still = settle(copies)
             return t
 
     def _draw(self, x: Tensor) -> Tensor:
         """Runs the branch, and notes the random generators before it and after it."""
-        if self._survey.contained:
-            return self._without_gradients(run_branch, x)
+        if not self._survey.draws:
+            return self._without_gradients(self._run, x)
         devices = self._survey.devices(x)
         self._before = get_states(devices)
         if not self._before:
             with RefuseRandomness(_CAPTURING):
-                return self._without_gradients(run_branch, x)
+                return self._without_gradients(self._run, x)
         self.draws = devices
-        t = self._without_gradients(run_branch, x)
+        t = self._without_gradients(self._run, x)
         self._after = get_states(devices)
         return t
 
-    @property
-    def moved(self) -> bool:
-        """Whether the first run has drawn random numbers, or changed buffers."""
-        drawn = any(a is not b for a, b in zip(self._before, self._after, strict=False))
-        return drawn or (self.buffers is not None and self.buffers.have_moved())
+    def end(self) -> bool:
+        """Notes how the first run has left the modules, for an inverse that may have to know.
+
+        Returns:
+            Whether it has drawn random numbers or changed buffers; waits for the device to say so.
+        """
+        self._end = Snapshot(self._survey.modules)
+        return (
+            any(a is not b for a, b in zip(self._before, self._after, strict=False))
+            or any(copy.has_moved() for copy in self._copies)
+            or self._snapshot.buffers_are_others()
+        )
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
         """Runs the branch again as it ran before, without gradients, leaving no trace.
@@ -212,7 +243,7 @@ class Replay(Memory):
                 other random numbers than before.
         """
         if call is not None:
-            return self._repeat(call, x, self._kwargs, None)
+            return self._repeat(x, inverse=call)
         return self._without_gradients(self._repeat, self._lay_out(x))
 
     def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -228,36 +259,42 @@ class Replay(Memory):
         x = self._lay_out(x).detach()
         if self.needs_x:
             x.requires_grad_()
-        leaves, aliases = self.leaves, _NOTHING
-        # The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
-        # what the node returns; a stand-in has none. Nor does it belong to the CUDA stream of the
-        # forward pass, which need not be that of the repetition while a graph is captured.
-        tensors, needed = self._tensors, self._needed
-        everywhere = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if (
-            everywhere
-            or not self._plain
-            or any(map(_hooks, tensors))
-            or needs_of(tensors) != needed
-        ):
-            aliases = {
-                id(v): v.detach().requires_grad_(need)
-                for v, need in zip(tensors, needed, strict=True)
-                if everywhere or v.requires_grad is not need or not v.is_leaf or v._backward_hooks
-            }
-            leaves = [aliases.get(id(leaf), leaf) for leaf in leaves]
-            # Who uses one of these will be told that it gets no gradient.
-            aliases |= {id(v): v.detach().requires_grad_() for v in self._left}
-        torch._C._set_grad_enabled(True)
+        quick = self._quick and self.seen.usual
+        survey, aliases = self._survey, _NOTHING if quick else self._stand_ins(x)
+        _set_grad_enabled(True)
         try:
-            # What counts modules' gradients (torch's FlopCounterMode) cannot count those of a leaf.
-            seen = x.view_as(x) if _global_forward_pre_hooks else x
-            t = self._repeat(self._call, seen, self._kwargs, self, aliases)
+            if quick and survey.repeats_simply:
+                t = self._call(x)
+            elif quick:
+                with survey.untracked:
+                    t = self._draw_again(self._call, x)
+            else:
+                # What counts modules' gradients (torch's FlopCounterMode) cannot count a leaf's.
+                t = self._repeat(x.view_as(x) if _global_forward_pre_hooks else x, aliases)
         finally:
-            torch._C._set_grad_enabled(False)
+            _set_grad_enabled(False)
+        leaves = [aliases.get(id(leaf), leaf) for leaf in self.leaves] if aliases else self.leaves
         wanted = (x if self.needs_x else None, *leaves)
-        pull = partial(differentiate, t, wanted, self._survey, bool(self._kwargs))
-        return t, partial(self._pull, pull, aliases) if self._survey.norms else pull
+        pull = partial(differentiate, t, wanted, survey, bool(self._kwargs))
+        if survey.norms and not survey.contained:
+            pull = partial(self._pull, pull, aliases)
+        return t, pull
+
+    def _stand_ins(self, x: Tensor) -> Mapping[int, Tensor]:
+        """Creates what takes the place of parameters and arguments in a repetition, by `id`.
+
+        The inner differentiation would run a leaf's tensor hooks, and autograd runs them again on
+        what the node returns; a stand-in has none. Nor does it belong to the CUDA stream of the
+        forward pass, which need not be that of the repetition while a graph is captured.
+        """
+        everywhere = is_capturing(x.device)
+        others = {
+            id(v): v.detach().requires_grad_(need)
+            for v, need in zip(self._tensors, self._needed, strict=True)
+            if everywhere or v.requires_grad is not need or not v.is_leaf or v._backward_hooks
+        }
+        # Who uses one of these will be told that it gets no gradient.
+        return others | {id(v): v.detach().requires_grad_() for v in self._left}
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a scheme's own arithmetic under the autocast of the first run.
@@ -270,7 +307,7 @@ class Replay(Memory):
             before = stream._version
         except (AttributeError, RuntimeError):  # no tensor, or an inference tensor
             before = None
-        if self._autocast or torch._C._is_any_autocast_enabled():
+        if self._autocast or _is_any_autocast_enabled():
             kind = next(x.device.type for x in arguments if isinstance(x, Tensor))
             with autocast_as(self._autocast, ("cpu", kind)):
                 found = function(*arguments)
@@ -290,95 +327,74 @@ class Replay(Memory):
         like = torch.empty_strided(x.shape, self._stride, dtype=self._dtype, device=x.device)
         return like.copy_(x)
 
-    def _without_gradients(self, run: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
+        return run_branch(self._call, x, self._kwargs, self)
+
+    def _without_gradients(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs the branch; on a grid by the very code that is run with gradients."""
         if self._grid is None:
-            return run(self._call, x, self._kwargs, self)
+            return run(x)
         with torch.enable_grad():
-            x = x.detach().requires_grad_(self.needs_x)
-            return run(self._call, x, self._kwargs, self).detach()
+            return run(x.detach().requires_grad_(self.needs_x)).detach()
 
     def _repeat(
         self,
-        call: Callable[..., Tensor],
         x: Tensor,
-        kwargs: Arguments,
-        memory: Memory | None,
         aliases: Mapping[int, Tensor] = _NOTHING,
+        inverse: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         self.again = True
-        same = self.seen.look() if self.seen.same is None else self.seen.same
-        usual = same and not (aliases or self.buffers)
-        cast = self._autocast or torch._C._is_any_autocast_enabled()
-        if kwargs:
-            kwargs = exchange(kwargs, aliases)
-        if usual and not self._survey.norms and not self._before and not cast:
-            return run_branch(call, x, kwargs, memory)
-        run = partial(run_branch, call, x, kwargs, memory)
-        if self._before:
-            run = partial(draw_again, self._before, self._after, run, _OTHER_DRAWS)
+        kwargs = exchange(self._kwargs, aliases)
+        run: tuple[Any, ...] = (self._call, x, kwargs, self)
+        snapshot = self._snapshot
+        if inverse is not None and self._end is not None:
+            run, snapshot = (inverse, x, kwargs, None), self._end
+        same = self._is_same(snapshot)
+        cast = self._autocast or _is_any_autocast_enabled()
+        if same and self._survey.repeats_simply and not (aliases or cast):
+            return run_branch(*run)
         autocast = autocast_as(self._autocast, self._survey.kinds(x)) if cast else _AS_IT_IS
-        with TURN, autocast:
-            undo = self._put_back(aliases, usual=usual)
-            try:
-                t = run()
-                for module, name, _ in self.buffers.moved if self.buffers else ():
-                    if getattr(get(module._buffers, name), "grad_fn", None) is not None:
-                        warn_of_a_result(self._survey.modules[0], name)
-                return t
-            finally:
-                for change in reversed(undo):
-                    _swap(*change)
+        with TURN, autocast, self._as_it_was(snapshot, aliases, same=same):
+            return self._draw_again(run_branch, *run)
+
+    def _draw_again(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Runs something with the random numbers of the first run, if that has drawn some."""
+        if not self._before:
+            return run(*arguments)
+        return draw_again(self._before, self._after, partial(run, *arguments), _OTHER_DRAWS)
 
     def _pull(
         self, pull: Pullback, aliases: Mapping[int, Tensor], grad: Tensor
     ) -> Sequence[Tensor | None]:
         """Differentiates; what the branch checkpoints runs once more meanwhile."""
+        same = self._is_same(self._snapshot)
+        with TURN, self._as_it_was(self._snapshot, aliases, same=same):
+            return pull(grad)
+
+    def _is_same(self, snapshot: Snapshot) -> bool:
         same = self.seen.look() if self.seen.same is None else self.seen.same
-        with TURN:
-            undo = self._put_back(aliases, usual=same and not (aliases or self.buffers))
-            try:
-                return pull(grad)
-            finally:
-                for change in reversed(undo):
-                    _swap(*change)
+        return same if snapshot is self._shared else snapshot.holds()
 
-    def _put_back(self, aliases: Mapping[int, Tensor], *, usual: bool) -> list[Change]:
-        """Makes the branch's modules what they were, and returns what they are now."""
-        wanted = [] if usual else self._find_changes(aliases)
-        wanted += [(m.__dict__, "track_running_stats", False) for m in self._survey.norms]
-        return [_swap(*change) for change in wanted]
-
-    def _find_changes(self, aliases: Mapping[int, Tensor]) -> list[Change]:
-        """Lists what is another one in the branch's modules now: where, and what was there."""
-        wanted = self._survey.find_changes()
-        for own, table, found in self._survey.tables:
-            for name, value in found.items():
-                value = aliases.get(id(value), value)  # noqa: PLW2901
-                if get(table, name) is not value:
-                    wanted.append((table, name, value))
-                if name in own:  # pruned since, say
-                    wanted.append((own, name, ABSENT))
-        wanted += self.buffers.find_changes() if self.buffers else []
-        modules = self._survey.modules
-        if wanted and any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-            raise RuntimeError(
-                f"branch {self._survey.name} has a ScriptModule, in which nothing "
-                "can be put back as it was in the forward pass: leave its flags, hooks and "
-                "parameters as they are until backward() is done, and its buffers, or store the "
-                "activations, revcore.set_reversing(model, False)."
-            )
-        return wanted
-
-
-def _swap(table: Table, name: str, value: Any) -> Change:
-    """Puts a value where another one, which it returns, is."""
-    found = table.get(name, ABSENT)
-    if value is ABSENT:
-        table.pop(name, None)
-    else:
-        table[name] = value
-    return table, name, found
+    @contextmanager
+    def _as_it_was(
+        self, snapshot: Snapshot, aliases: Mapping[int, Tensor], *, same: bool
+    ) -> Iterator[None]:
+        """Lets the branch's modules hold what they held, but for `aliases`."""
+        survey = self._survey
+        for buffer, _, count, _ in self._still:
+            if version(buffer) != count:
+                raise changed(self.seen.name(buffer))
+        if self._copies:
+            # Clones, because a graph that is retained may be run backward again.
+            aliases = {**aliases, **{id(b): copy.clone() for b, *_, copy in self._copies}}
+        others = [] if same and not aliases else snapshot.put_back(aliases)
+        try:
+            with survey.untracked:
+                yield
+            for module, name in snapshot.new_results() if others else ():
+                warn_of_a_result(survey.modules[0], module, name)
+        finally:
+            fill(others)
 
 
 def run_branch(

@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from revcore.arguments import tensors_of
 from revcore.compiled import WAYS, Kind, find_fault, run_compiled
 from revcore.engine import Call, can_reverse, thread
-from revcore.known import is_known
+from revcore.known import are_of_torch, draw
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 from revcore.survey import Groups
@@ -118,7 +118,7 @@ class Reversible(nn.Module):
         streams = split(x, self.split_dim, self.streams)
         tape = Tape() if self.reversing and can_reverse() else None
         # Not by setattr, which takes longer for a module.
-        groups = Groups(vars(self).get("_groups"))
+        groups = vars(self).setdefault("_groups", Groups())
         given = tensors_of(kwargs)
         call = Call(tape, groups, apart=len(x) > 1, given=given, measures=self.log_det)
         thread.call = call
@@ -132,8 +132,7 @@ class Reversible(nn.Module):
             thread.call = None
         y = join(x, outputs, self.split_dim)
         if tape is not None:
-            groups.close()
-            vars(self)["_groups"] = groups
+            groups.close(call.found)
             if isinstance(y, Tensor):
                 # The joined output is what the next layer keeps: keep views, not the parts beside.
                 sizes = [stream.shape[self.split_dim] for stream in outputs]
@@ -177,7 +176,7 @@ class Reversible(nn.Module):
         steps, _ = self._plan(self.streams, inverted=False)
         modules = [module for step in steps for module in step.branch.modules()]
         held = {parameter for step in steps for parameter in step.branch.parameters()}
-        return all(map(is_known, modules)) and held.issuperset(self.parameters())
+        return are_of_torch(modules) and not draw(modules) and held.issuperset(self.parameters())
 
     @_constant
     def _find_fault(

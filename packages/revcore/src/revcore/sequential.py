@@ -23,7 +23,7 @@ _OURS = (Reversible, Coupling)
 # A node of autograd takes some ten microseconds, which show where there is little to compute, so
 # several blocks share one. It holds the gradients of its streams and parameters until it is done,
 # which would show if there were many.
-_STEPS_AT_ONCE = 16
+_STEPS_AT_ONCE = 64
 _SMALL = 2**23  # bytes of all streams
 _TINY = 2**10  # bytes of a block's parameters
 

@@ -13,7 +13,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from revcore.buffers import settle
 from revcore.drift import track_drift
 from revcore.randomness import is_capturing
 from revcore.replay import Replay
@@ -81,7 +80,6 @@ class Tape:
             overlap: Whether to rebuild a step while the one after it is differentiated, if a CUDA
                 graph is being captured. Without one the GPU waits for Python, not for itself.
         """
-        settle([replay.buffers for _, replay in self.records if replay.buffers is not None])
         self._outputs = Saved(outputs, "the output of a reversible chain")
         if overlap and is_capturing(outputs[0].device):
             self._side = side_stream(outputs[0].device)
