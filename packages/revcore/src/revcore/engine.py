@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -158,16 +157,13 @@ def _warn_of_a_kept_input(step: Step) -> None:
     )
 
 
-def run(
-    steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any], *, inside: bool = False
-) -> Streams:
+def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
     """Runs steps: reversed where a chain is recording in this thread, stored otherwise.
 
     Args:
         steps: The steps.
         streams: What they change.
         kwargs: Extra arguments of all branches.
-        inside: Whether other steps follow that write all streams, so that nobody sees these.
     """
     call = thread.call
     if call is None:
@@ -176,9 +172,7 @@ def run(
     if call.tape is None:
         return _run(call, steps, streams, kwargs)
     call.check(streams)
-    apart, call.apart = call.apart, call.apart and not inside
     streams = _run(call, steps, streams, kwargs)
-    call.apart = apart
     call.expect(streams)
     return streams
 
@@ -228,23 +222,9 @@ def _run_reversed(
         tape.anchors.clear()
         frozen = steps[: len(steps) - len(records)]
         _run_each(call, frozen, streams, partial(_run_frozen, kwargs))
-    for part in _cut(records) if call.apart else [records] if records else []:
+    # Whoever gets the streams one by one may ask for the gradient of one that another is made of.
+    for part in [[record] for record in records] if call.apart else [records] if records else []:
         _run_node(call, part, streams)
-
-
-def _cut(records: _Records) -> list[_Records]:
-    """Cuts before steps that read what one before them has written last.
-
-    Whoever gets the streams one by one may ask for the gradient of one that another is made of.
-    """
-    cuts, written, read = [len(records)], set[int](), set[int]()
-    for index, (step, _) in reversed(list(enumerate(records))):
-        if not read.isdisjoint(set(step.writes) - written):
-            cuts.append(index + 1)
-            read.clear()
-        written.update(step.writes)
-        read.update(step.inputs)
-    return [records[a:b] for a, b in pairwise([0, *reversed(cuts)]) if a < b]
 
 
 def _run_node(call: Call, records: _Records, streams: list[Tensor]) -> None:

@@ -157,7 +157,6 @@ class ReversibleSequential(Reversible, nn.Sequential):
         # A shared node holds one gradient of each argument for each of its steps, too.
         small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, call.given))
         hooked = has_global_hooks()
-        inside = call.apart and _writes_all(blocks[-1], len(streams)) if blocks else False
         steps: list[Step] = []
         for block in blocks:
             coupling = None if hooked else coupling_of(block)
@@ -168,7 +167,7 @@ class ReversibleSequential(Reversible, nn.Sequential):
                 coupling is not None and small and block is not blocks[-1] and _is_tiny(coupling)
             )
             if steps and (kept or not shares or len(steps) >= _STEPS_AT_ONCE):
-                streams, steps = run(steps, streams, kwargs, inside=inside), []
+                streams, steps = run(steps, streams, kwargs), []
             if kept:
                 call.keep(streams)
             if coupling is not None:
@@ -178,8 +177,7 @@ class ReversibleSequential(Reversible, nn.Sequential):
             else:
                 steps = [InvertibleStep(block, len(streams), self.split_dim, inverted=inverted)]
             if steps and not shares:
-                within = inside and block is not blocks[-1]
-                streams, steps = run(steps, streams, kwargs, inside=within), []
+                streams, steps = run(steps, streams, kwargs), []
         return streams
 
     def extra_repr(self) -> str:
@@ -189,14 +187,6 @@ class ReversibleSequential(Reversible, nn.Sequential):
             f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
             f"stores={stores!r}"
         )
-
-
-def _writes_all(block: nn.Module, count: int) -> bool:
-    """Tells whether a block changes all streams; of what is not known, that it does not."""
-    coupling = coupling_of(block)
-    if coupling is None:
-        return not isinstance(block, _OURS)
-    return len({index for step in coupling.half_steps() for index in step.writes}) == count
 
 
 def _is_tiny(coupling: Coupling) -> bool:
