@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from revcore.adding import adding
@@ -45,13 +44,14 @@ class AdditiveCoupling(Coupling):
         return adding(steps) if type(self) is AdditiveCoupling else steps
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return self._sum(a, _fitting(t, a), 1)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return a + t
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return self._sum(a, _fitting(t, a), -1)
-
-    def _sum(self, a: Tensor, t: Tensor, sign: int) -> Tensor:
-        return torch.add(a, t, alpha=sign)
+        if t.shape != a.shape:
+            raise misfit(a, t)
+        return a - t
 
     log_det = None  # type: ignore[assignment]  # it keeps volumes
 
@@ -63,12 +63,12 @@ class AdditiveCoupling(Coupling):
         return grad, -grad
 
 
-def _fitting(t: Tensor, a: Tensor) -> Tensor:
-    """Returns a branch's output if it has the shape of the stream `a`."""
-    # Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
-    if t.shape != a.shape:
-        raise ValueError(
-            f"a branch must return the shape of the stream that it is added to: the stream has "
-            f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
-        )
-    return t
+def misfit(a: Tensor, t: Tensor) -> ValueError:
+    """Creates the error for a branch's output of another shape than the stream `a`.
+
+    Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
+    """
+    return ValueError(
+        f"a branch must return the shape of the stream that it is added to: the stream has "
+        f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
+    )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from revcore.adding import adding
-from revcore.additive import AdditiveCoupling
+from revcore.additive import AdditiveCoupling, misfit
 from revcore.grid import move
 from revcore.half_step import HalfStep
 
@@ -66,8 +66,21 @@ class FixedPointCoupling(AdditiveCoupling):
         steps = super().half_steps()
         return adding(steps) if type(self) is FixedPointCoupling else steps
 
-    def _sum(self, a: Tensor, t: Tensor, sign: int) -> Tensor:
+    def combine(self, a: Tensor, t: Tensor) -> Tensor:
+        return self._move(a, t, 1)
+
+    def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
+        return self._move(a, t, -1)
+
+    def _move(self, a: Tensor, t: Tensor, sign: int) -> Tensor:
+        if t.shape != a.shape:
+            raise misfit(a, t)
         return move(a, t, self.fraction_bits, sign)
+
+    # The gradients of sums, and no log-determinant, which other arithmetic would not have.
+    log_det = None
+    combine_vjp = AdditiveCoupling.combine_vjp
+    uncombine_vjp = AdditiveCoupling.uncombine_vjp
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fraction_bits={self.fraction_bits}"
