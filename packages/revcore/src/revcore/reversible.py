@@ -14,7 +14,6 @@ from torch._compile import _disable_dynamo
 from revcore.arguments import tensors_of
 from revcore.compiled import WAYS, Kind, find_fault, run_compiled
 from revcore.engine import Call, can_reverse, thread
-from revcore.known import are_of_torch, draw
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 from revcore.survey import Groups
@@ -152,7 +151,7 @@ class Reversible(nn.Module):
                 "a compiled chain takes tensors as arguments, but none inside of lists, tuples or "
                 "dicts; pass each by a keyword of its own"
             )
-        if reversing and not self._is_known():
+        if reversing:
             constants = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
             # By way of text, because only constants can be passed, and a size that has been another
             # one before is a symbol, which stays one under int() alone.
@@ -169,15 +168,7 @@ class Reversible(nn.Module):
         y = join(x, outputs[: len(streams)], self.split_dim)
         return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
 
-    # Both run once, in Python, while Dynamo traces, which takes their results for constants.
-    @_constant
-    def _is_known(self) -> bool:
-        """Tells whether branches are made of torch's own modules, and have all parameters."""
-        steps, _ = self._plan(self.streams, inverted=False)
-        modules = [module for step in steps for module in step.branch.modules()]
-        held = {parameter for step in steps for parameter in step.branch.parameters()}
-        return are_of_torch(modules) and not draw(modules) and held.issuperset(self.parameters())
-
+    # It runs once, in Python, while Dynamo traces, which takes its result for a constant.
     @_constant
     def _find_fault(
         self, inverted: bool, kinds: list[Kind], names: list[str], constants: dict[str, Any]
