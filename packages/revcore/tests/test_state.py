@@ -400,3 +400,68 @@ def test_a_parameter_that_is_pruned_before_backward(x):
         y.square().sum().backward()
         found.append(weight.grad)
     torch.testing.assert_close(*found)
+
+
+class Keeps(nn.Module):
+    """Has a tensor in an attribute, which it changes, replaces or fills as a memory of its own."""
+
+    def __init__(self, how, size):
+        super().__init__()
+        self.linear, self.how, self.size = nn.Linear(4, 4), how, size
+        self.state = None
+
+    def forward(self, x):
+        if self.state is None:
+            self.state = x.new_ones(self.size)
+        elif self.how == "in place":
+            self.state += 1
+        elif self.how == "replaced":
+            self.state = self.state + self.linear(x).detach().mean()
+        return self.linear(x) * self.state[0]
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "left alone"])
+@pytest.mark.parametrize("size", [4, 2**14])
+def test_tensors_in_attributes(how, size, x):
+    chain = assert_as_stored(lambda: chain_of_branches(Keeps(how, size)), x, steps=3)
+    twin = copy.deepcopy(chain)
+    step_of(chain, x)
+    step_of(revcore.set_reversing(twin, False), x)
+    for one, two in zip(chain.modules(), twin.modules(), strict=True):
+        if isinstance(one, Keeps):
+            torch.testing.assert_close(one.state, two.state)
+
+
+class Pooled(nn.Module):
+    """Notes in its forward pass what its inverse has to know."""
+
+    shape = None
+
+    def forward(self, x):
+        self.shape = x.shape
+        return x.flatten(2).flip(2)
+
+    def inverse(self, y):
+        return y.flip(2).view(self.shape)
+
+
+def test_what_a_forward_pass_notes_for_the_inverse(device):
+    torch.manual_seed(0)
+    chain = revcore.ReversibleSequential(
+        revcore.ReversibleBlock(nn.Conv2d(2, 2, 3, padding=1)),
+        Pooled(),
+        revcore.ReversibleBlock(nn.Conv1d(2, 2, 3, padding=1)),
+    ).to(device, torch.float64)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for size in (3, 5):
+        x = torch.randn(2, 4, size, size, dtype=torch.float64, device=device)
+        for one, two in zip(step_of(chain, x), step_of(twin, x), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    # A call in between changes what the module notes, but not what this call has noted.
+    x, other = (torch.randn(2, 4, n, n, dtype=torch.float64, device=device) for n in (4, 6))
+    found = []
+    for net in (chain, twin):
+        y = net(x)
+        net(other)
+        found.append(torch.autograd.grad(y.square().sum(), list(net.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

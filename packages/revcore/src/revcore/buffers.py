@@ -28,20 +28,21 @@ class Copy(NamedTuple):
 
     Attributes:
         buffer: The buffer.
-        training: The flag of its module.
+        training: The flag of its module; None for a tensor that is an attribute instead.
         version: Its version.
         copy: A copy of it.
     """
 
     buffer: Tensor
-    training: bool
+    training: bool | None
     version: int
     copy: Tensor
 
     def has_moved(self) -> bool:
         """Tells whether the run has changed it, as far as the host can ask."""
-        buffer, _, count, copy = self
-        if version(buffer) != count or buffer.is_meta or is_capturing(buffer.device):
+        buffer, training, count, copy = self
+        known = training is None and is_large(buffer)  # a result or a cache, new in each call
+        if version(buffer) != count or known or buffer.is_meta or is_capturing(buffer.device):
             return version(buffer) != count
         try:
             return not torch.equal(buffer, copy)
@@ -54,12 +55,12 @@ def is_large(buffer: Tensor) -> bool:
     return buffer.numel() * buffer.element_size() > _LARGE
 
 
-def stays(buffer: Tensor, training: bool) -> bool:
+def stays(buffer: Tensor, training: bool | None) -> bool:
     """Tells whether a buffer is one that runs leave alone, by the flag of its module."""
     return is_large(buffer) and training in _still.get(buffer, ())
 
 
-def copy_all(buffers: Sequence[tuple[Tensor, bool]]) -> list[Copy]:
+def copy_all(buffers: Sequence[tuple[Tensor, bool | None]]) -> list[Copy]:
     """Copies buffers before a run."""
     return [Copy(buffer, flag, version(buffer), buffer.clone()) for buffer, flag in buffers]
 
@@ -72,6 +73,7 @@ def settle(copies: Sequence[Copy]) -> tuple[list[Copy], list[Copy]]:
         if not is_large(buffer) or is_capturing(buffer.device) or each.has_moved():
             needed.append(each)
         else:
-            _still.setdefault(buffer, set()).add(each.training)
+            if each.training is not None:
+                _still.setdefault(buffer, set()).add(each.training)
             still.append(each._replace(copy=buffer))  # so that the copy is gone
     return needed, still

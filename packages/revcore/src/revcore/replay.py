@@ -103,8 +103,9 @@ class Seen:
     def name(self, tensor: Tensor) -> str:
         """Says which tensor this is."""
         for module in self._group.modules:
-            for kind in ("parameter", "buffer"):
-                for name, value in getattr(module, f"_{kind}s").items():
+            tables = {"parameter": module._parameters, "buffer": module._buffers}
+            for kind, table in {**tables, "attribute": vars(module)}.items():
+                for name, value in table.items():
                     if value is tensor:
                         return f"{kind} {name!r} of {type(module).__name__}"
         items = self.kwargs.items()

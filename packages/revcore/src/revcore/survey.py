@@ -66,10 +66,10 @@ class Survey:
         needed: Which of them require a gradient.
         leaves: Those that do.
         plain: Whether all of them are leaves.
-        buffers: Buffers that a second run must find as the first one found them, and the training
-            flags of their modules.
-        constants: Buffers of which that is asked, because no copy can take their place, or because
-            the branch does not change them.
+        buffers: Buffers, and tensors in attributes, that a second run must find as the first one
+            found them, and for buffers the training flags of their modules.
+        constants: Those that nothing may change, because no copy can take their place, or because
+            the branch does not do so.
         norms: The attributes of batch norms in training, whose buffers no run reads.
         contained: Whether the modules are known to use nothing from elsewhere.
         draws: Whether they may draw random numbers.
@@ -93,28 +93,13 @@ class Survey:
         self.contained = are_self_contained(modules) and not has_global_hooks()
         self.snapshot = Snapshot(modules, contained=self.contained)
         self.norms: list[dict[str, Any]] = []
-        self.buffers: list[tuple[Tensor, bool]] = []
+        self.buffers: list[tuple[Tensor, bool | None]] = []
         self.constants: list[Tensor] = []
-        tensors: dict[Any, None] = {}
+        self._attributes: list[Tensor] = []
         for module in modules:
-            tensors.update(dict.fromkeys(module._parameters.values()))
-            norm = type(module) in BATCH_NORMS
-            if module in self.snapshot.scripted:
-                continue
-            if norm and module.training:
-                # Switching `track_running_stats` off repeats such a one exactly, and is cheaper
-                # than exchanging buffers. Also where it is off now: a branch around it may have
-                # seen to that, and be done when it is repeated.
-                self.norms.append(vars(module))
-                continue
-            for buffer in module._buffers.values():
-                if buffer is None or is_lazy(buffer):
-                    continue
-                fixed = buffer.requires_grad or (norm and self.contained)
-                if fixed or stays(buffer, module.training):
-                    self.constants.append(buffer)
-                else:
-                    self.buffers.append((buffer, module.training))
+            if module not in self.snapshot.scripted:
+                self._sort(module)
+        tensors = dict.fromkeys(p for module in modules for p in module._parameters.values())
         tensors.pop(None, None)
         self.tensors: list[Tensor] = [*tensors]
         self.needed = needs_of(self.tensors)
@@ -138,8 +123,29 @@ class Survey:
             or self.snapshot.scripted
             or has_global_hooks()
             or any(map(has_hooks, modules))
-            or any(isinstance(v, Tensor) for module in modules for v in vars(module).values())
+            or self._attributes
         )
+
+    def _sort(self, module: nn.Module) -> None:
+        """Finds what a second run of a module must find as it was, beside parameters."""
+        norm = type(module) in BATCH_NORMS
+        if norm and module.training:
+            # Switching `track_running_stats` off repeats such a one exactly, and is cheaper than
+            # exchanging buffers. Also where it is off now: a branch around it may have seen to
+            # that, and be done when it is repeated.
+            self.norms.append(vars(module))
+            return
+        buffers = [b for b in module._buffers.values() if not (b is None or is_lazy(b))]
+        attributes = (
+            [] if self.contained else [v for v in vars(module).values() if isinstance(v, Tensor)]
+        )
+        self._attributes += attributes
+        found: list[tuple[Tensor, bool | None]] = [(b, module.training) for b in buffers]
+        for tensor, flag in [*found, *((tensor, None) for tensor in attributes)]:
+            if tensor.requires_grad or (norm and self.contained) or stays(tensor, flag):
+                self.constants.append(tensor)
+            else:
+                self.buffers.append((tensor, flag))
 
     def devices(self, x: Tensor) -> list[torch.device]:
         """Lists the devices that the branch computes on for an input."""
