@@ -66,7 +66,7 @@ class Seen:
     """
 
     same: bool | None = None
-    usual = False
+    usual = ran = False
 
     def __init__(self, group: Group, kwargs: Arguments, given: Sequence[Tensor]) -> None:
         self._group = group
@@ -196,9 +196,10 @@ class Replay(Memory):
             )
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
             # Another branch of the node may have changed something of a module that they share.
-            if not self._snapshot.holds():
+            if self.seen.ran and not self._snapshot.holds():
                 self._survey = survey = Survey(survey.modules[0])
                 self._snapshot = survey.snapshot
+            self.seen.ran = True
             copies = copy_all(survey.buffers)
             t = self._draw(x)
             if copies:
@@ -260,14 +261,16 @@ class Replay(Memory):
         x = self._lay_out(x).detach()
         if self.needs_x:
             x.requires_grad_()
+        survey, aliases = self._survey, _NOTHING
         quick = self._quick and self.seen.usual
-        survey, aliases = self._survey, _NOTHING if quick else self._stand_ins(x)
+        if not (self._plain and self.seen.usual):
+            aliases = self._stand_ins(x)
         _set_grad_enabled(True)
         try:
             if quick and survey.repeats_simply:
                 t = self._call(x)
             elif quick:
-                with survey.untracked:
+                with TURN, survey.untracked:
                     t = self._draw_again(self._call, x)
             else:
                 # What counts modules' gradients (torch's FlopCounterMode) cannot count a leaf's.
@@ -355,7 +358,9 @@ class Replay(Memory):
         if same and self._survey.repeats_simply and not (aliases or cast):
             return run_branch(*run)
         autocast = autocast_as(self._autocast, self._survey.kinds(x)) if cast else _AS_IT_IS
-        with TURN, autocast, self._as_it_was(snapshot, aliases, same=same):
+        changes = not same or aliases or self._copies or self._still or self._survey.norms
+        as_it_was = self._as_it_was(snapshot, aliases, same=same) if changes else _AS_IT_IS
+        with TURN, autocast, as_it_was:
             return self._draw_again(run_branch, *run)
 
     def _draw_again(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -388,11 +393,11 @@ class Replay(Memory):
         if self._copies:
             # Clones, because a graph that is retained may be run backward again.
             aliases = {**aliases, **{id(b): copy.clone() for b, *_, copy in self._copies}}
-        others = [] if same and not aliases else snapshot.put_back(aliases)
+        others = [] if same and not aliases else snapshot.put_back(aliases, same=same)
         try:
             with survey.untracked:
                 yield
-            for module, name in snapshot.new_results() if others else ():
+            for module, name in () if same else snapshot.new_results():
                 warn_of_a_result(survey.modules[0], module, name)
         finally:
             fill(others)

@@ -81,11 +81,14 @@ class Snapshot:
             and not (self.scripted and [*map(_state_of, self.scripted)] != self._states)
         )
 
-    def put_back(self, others: Mapping[int, Tensor]) -> list[tuple[Table, Table]]:
+    def put_back(
+        self, others: Mapping[int, Tensor], *, same: bool = False
+    ) -> list[tuple[Table, Table]]:
         """Makes the modules hold again what they held.
 
         Args:
             others: Tensors to put in the place of some, by their `id`.
+            same: Whether they hold it now.
 
         Returns:
             Tables and what they held until now, for `fill`.
@@ -101,11 +104,16 @@ class Snapshot:
                 "backward() is done, or store the activations, "
                 "revcore.set_reversing(model, False)."
             )
-        now = [(table, dict(table)) for _, table, _ in self._entries]
+        undo = []
         for _, table, held in self._entries:
-            values = {name: others.get(id(value), value) for name, value in held.items()}
-            fill([(table, values)])
-        return now
+            wanted = held
+            if not others.keys().isdisjoint(map(id, held.values())):
+                wanted = {name: others.get(id(value), value) for name, value in held.items()}
+            elif same:
+                continue
+            undo.append((table, dict(table)))
+            fill([(table, wanted)])
+        return undo
 
     def buffers_are_others(self) -> bool:
         """Tells whether there are other buffers now."""

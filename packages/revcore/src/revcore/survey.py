@@ -112,7 +112,7 @@ class Survey:
         self.draws = not self.contained or draw(modules)
         self.of_torch = self.simple and are_of_torch(modules) and self.plain
         self.untracked: AbstractContextManager[None] = (
-            Untracked(self.norms) if self.norms or self.draws else nullcontext()
+            Untracked(self.norms) if self.norms else nullcontext()
         )
         self.repeats_simply = self.simple and not (self.norms or self.draws)
         # Of what was computed from other parameters (functional_call) nothing must stay alive, nor
