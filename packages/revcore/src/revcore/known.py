@@ -84,8 +84,3 @@ def are_self_contained(modules: Sequence[nn.Module]) -> bool:
 def draw(modules: Sequence[nn.Module]) -> bool:
     """Tells whether modules that are self-contained, or torch's own, draw random numbers."""
     return any(type(module) in _DROPOUTS and module.training for module in modules)
-
-
-def are_of_torch(modules: Sequence[nn.Module]) -> bool:
-    """Tells whether these modules are torch's own, and of those that are self-contained."""
-    return all(type(module) in _OF_TORCH for module in modules) and are_self_contained(modules)

@@ -147,7 +147,7 @@ class Replay(Memory):
         self._kwargs = kwargs = seen.kwargs
         self._tensors, self._needed, self.leaves = survey.tensors, survey.needed, survey.leaves
         self._plain = survey.plain
-        self._quick = seen.quick and survey.of_torch and grid is None
+        self._quick = seen.quick and survey.simple and grid is None
         self._shared = self._snapshot = survey.snapshot
         if kwargs:
             self._tensors = list(dict.fromkeys(self._tensors + tensors_of(kwargs)))
@@ -165,7 +165,7 @@ class Replay(Memory):
         if self._quick:
             self._stride, self._dtype = x.stride(), x.dtype
             if not self._survey.draws:
-                return run_branch(self._call, x, self._kwargs)
+                return self._run(x)
             with TURN:
                 return self._draw(x)
         if not self._kwargs:
@@ -187,8 +187,6 @@ class Replay(Memory):
         self._stride, self._dtype = x.stride(), x.dtype
         if _is_any_autocast_enabled():
             self._autocast = autocast_now(survey.kinds(x))
-        elif survey.simple and self._grid is None and not survey.draws:
-            return self._run(x)
         if survey.lazy:
             raise RuntimeError(
                 f"branch {survey.name} has lazy parameters that have no shape "
@@ -268,10 +266,12 @@ class Replay(Memory):
         _set_grad_enabled(True)
         try:
             if quick and survey.repeats_simply:
-                t = self._call(x)
+                self.again = True
+                t = self._run(x)
             elif quick:
+                self.again = True
                 with TURN, survey.untracked:
-                    t = self._draw_again(self._call, x)
+                    t = self._draw_again(self._run, x)
             else:
                 # What counts modules' gradients (torch's FlopCounterMode) cannot count a leaf's.
                 t = self._repeat(x.view_as(x) if _global_forward_pre_hooks else x, aliases)

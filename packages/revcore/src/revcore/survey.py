@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from revcore.buffers import is_large, stays
 from revcore.hooks import has_global_hooks, has_hooks
-from revcore.known import BATCH_NORMS, are_of_torch, are_self_contained, draw
+from revcore.known import BATCH_NORMS, are_self_contained, draw
 from revcore.snapshot import Snapshot
 from revcore.turns import TURN
 
@@ -74,7 +74,7 @@ class Survey:
         contained: Whether the modules are known to use nothing from elsewhere.
         draws: Whether they may draw random numbers.
         lazy: Whether a parameter or a buffer has no shape yet.
-        simple: Whether a first run has to note nothing but autocast.
+        simple: Whether a first run has to note nothing but autocast and random numbers.
         repeats_simply: Whether a repetition has to change nothing but autocast.
         lasts: Whether the survey may be kept until the next call.
         walked: Whether a graph of the branch has been looked through.
@@ -108,9 +108,8 @@ class Survey:
         held = [*self.tensors, *(b for m in modules for b in m._buffers.values() if b is not None)]
         self._devices = list(dict.fromkeys(tensor.device for tensor in held))
         self.lazy = any(map(is_lazy, held))
-        self.simple = self.contained and not (self.buffers or self.lazy)
+        self.simple = self.contained and self.plain and not (self.buffers or self.lazy)
         self.draws = not self.contained or draw(modules)
-        self.of_torch = self.simple and are_of_torch(modules) and self.plain
         self.untracked: AbstractContextManager[None] = (
             Untracked(self.norms) if self.norms else nullcontext()
         )
