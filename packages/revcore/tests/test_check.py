@@ -233,3 +233,20 @@ def test_a_module_that_holds_a_result_of_autograd():
     before = chain[0].coupling.f.weight
     assert check_invertible(chain, torch.randn(3, 8))
     assert chain[0].coupling.f.weight is before
+
+
+def test_an_example_that_is_not_a_number_is_not_well():
+    block = revcore.ReversibleBlock(nn.Linear(4, 4))
+    assert not revcore.check_invertible(block, torch.full((2, 8), torch.nan))
+
+
+def test_any_error_of_an_inverse_is_reported():
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+        def inverse(self, y):
+            return {}["nothing"] * y
+
+    report = revcore.check_invertible(Wrong(), torch.ones(2, 8))
+    assert "KeyError" in report.first_bad.problem

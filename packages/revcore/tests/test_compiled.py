@@ -396,3 +396,114 @@ def test_log_determinants_beside_kept_inputs_and_buffers(keep_input, device):
         loss = z.sin().sum() + log_det.cos().sum()
         found.append(torch.autograd.grad(loss, [x, *net.parameters()]))
     torch.testing.assert_close(*found)
+
+
+class Conditioned(nn.Module):
+    """A flow's step that both ways need the condition for."""
+
+    def forward(self, x, *, t=None):
+        return x if t is None else x * (1 + t.exp())
+
+    def inverse(self, y, *, t=None):
+        return y if t is None else y / (1 + t.exp())
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_an_inverse_gets_the_arguments(fullgraph, device):
+    torch.manual_seed(0)
+
+    class Branch(nn.Linear):
+        def forward(self, x, *, t=None):
+            return super().forward(x) if t is None else super().forward(x) * t[:, :4]
+
+    blocks = (revcore.ReversibleBlock(Branch(4, 4), Branch(4, 4)) for _ in range(2))
+    one, two = blocks
+    chain = revcore.ReversibleSequential(one, Conditioned(), two).to(device, torch.float64)
+    x = torch.randn(5, 8, dtype=torch.float64, device=device, requires_grad=True)
+    t = torch.randn(5, 8, dtype=torch.float64, device=device, requires_grad=True)
+    found = []
+    for net in (chain, torch.compile(chain, backend="aot_eager", fullgraph=fullgraph)):
+        leaves = [x, t, *chain.parameters()]
+        found.append(list(torch.autograd.grad(net(x, t=t).square().sum(), leaves)))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+class Attributes(nn.Linear):
+    """Changes an attribute, and keeps a result in another."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = super().forward(x) * self.calls
+        self.last = y.detach()
+        return y
+
+
+class Checkpointed(nn.Linear):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Hooked(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_full_backward_hook(lambda *_: None)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("branch", [Attributes, Checkpointed, Hooked])
+def test_what_cannot_be_compiled_is_left_to_the_eager_engine(branch, device):
+    torch.manual_seed(0)
+    blocks = (revcore.ReversibleBlock(branch(4, 4), branch(4, 4)) for _ in range(2))
+    chain = revcore.ReversibleSequential(*blocks).to(device, torch.float64)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    x = torch.randn(5, 8, dtype=torch.float64, device=device)
+    compiled = torch.compile(chain, backend="aot_eager")
+    for _ in range(2):
+        found = []
+        for net, parameters in ((compiled, chain.parameters()), (twin, twin.parameters())):
+            found.append(list(torch.autograd.grad(net(x).square().sum(), list(parameters))))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    copy.deepcopy(chain)
+    if branch is Attributes:
+        counts = [block.coupling.f.calls for block in (*chain, *twin)]
+        assert counts == [2] * 4
+
+
+def test_a_tensor_that_an_adapter_finds_elsewhere_compiled(device):
+    torch.manual_seed(0)
+    alpha = torch.ones((), device=device, requires_grad=True)
+
+    def adapter(t):
+        return (alpha * t).exp(), t
+
+    coupling = revcore.AffineCoupling(nn.Linear(4, 4), nn.Linear(4, 4), adapter=adapter)
+    chain = revcore.ReversibleSequential(coupling).to(device)
+    with pytest.raises(Exception, match=r"uses a tensor of shape|Observed exception"):
+        torch.compile(chain, backend="aot_eager")(torch.randn(5, 8, device=device)).sum().backward()
+
+
+def test_a_number_that_changes_compiled(device):
+    class Powers(nn.Linear):
+        def forward(self, x, *, k, scale):
+            return super().forward(x).tanh() ** k * scale
+
+    torch.manual_seed(0)
+    block = revcore.ReversibleBlock(Powers(4, 4), Powers(4, 4)).to(device, torch.float64)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 8, dtype=torch.float64, device=device)
+    for k, scale in ((2, 0.5), (3, 0.25), (4, 0.125)):
+        found = [
+            list(torch.autograd.grad(net(x, k=k, scale=scale).sum(), list(block.parameters())))
+            for net in (block, compiled)
+        ]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_branches_of_torchs_modules_have_one_graph_for_all_sizes(device):
+    torch.manual_seed(0)
+    block = revcore.ReversibleBlock(nn.Linear(4, 4), nn.Linear(4, 4)).to(device)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for size in range(2, 14):  # more than torch compiles
+        compiled(torch.randn(size, 8, device=device)).sum().backward()

@@ -332,3 +332,19 @@ class TestIsInvertibleModule:
     def test_bad_shape(self, shape):
         with pytest.raises(ValueError, match="must be a shape, or shapes, of integers"):
             memcnn.is_invertible_module(Scale(), shape)
+
+
+def test_integers_beside_a_stream():
+    class Picks(nn.Module):
+        def forward(self, x, index):
+            return 2 * x, index
+
+        def inverse(self, y, index):
+            return y / 2, index
+
+    index = torch.tensor([2**24 + 1])
+    x = torch.ones(1, requires_grad=True)
+    stored = memcnn.InvertibleModuleWrapper(Picks(), disable=True)
+    assert torch.equal(stored(x, index)[1], index)
+    with pytest.raises(TypeError, match=r"got torch.float32, torch.int64; .* set disable=True"):
+        memcnn.InvertibleModuleWrapper(Picks())(x, index)

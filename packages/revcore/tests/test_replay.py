@@ -4,6 +4,7 @@ import copy
 import itertools
 import threading
 import warnings
+from collections import deque
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_an_exception_in_recomputation_leaves_everything_as_it_was(device):
             super().__init__()
             self.norm = nn.BatchNorm1d(4)
             self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-            self.failing = []  # which nobody puts back
+            self.failing = deque()  # which nobody puts back, as a list
 
         def forward(self, x):
             x = F.dropout(self.norm(self.spectral(x)), 0.5)

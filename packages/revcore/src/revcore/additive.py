@@ -38,6 +38,10 @@ class AdditiveCoupling(Coupling):
         True
     """
 
+    @property
+    def self_contained(self) -> bool:
+        return type(self) is AdditiveCoupling
+
     def half_steps(self) -> Sequence[HalfStep]:
         # A subclass may combine in another way.
         steps = super().half_steps()

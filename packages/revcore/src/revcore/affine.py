@@ -113,6 +113,11 @@ class AffineCoupling(Coupling):
         super().__init__(f, g, split_dim)
         self.adapter = adapter
 
+    @property
+    def self_contained(self) -> bool:
+        adapters = (exp_adapter, sigmoid_adapter, bounded_adapter)
+        return type(self) is AffineCoupling and self.adapter in adapters
+
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
         scale, shift = self._scale_shift(a, t)
         return a * scale + shift

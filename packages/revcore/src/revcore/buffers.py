@@ -19,7 +19,7 @@ from revcore.versions import version
 
 _LARGE = 2**16  # bytes
 
-# Large buffers that a run has left alone, with the training flag of their module.
+# Large buffers that a run has left alone: their version by the training flag of their module.
 _still: Any = WeakIdKeyDictionary()
 
 
@@ -57,7 +57,7 @@ def is_large(buffer: Tensor) -> bool:
 
 def stays(buffer: Tensor, training: bool | None) -> bool:
     """Tells whether a buffer is one that runs leave alone, by the flag of its module."""
-    return is_large(buffer) and training in _still.get(buffer, ())
+    return is_large(buffer) and _still.get(buffer, {}).get(training) == version(buffer)
 
 
 def copy_all(buffers: Sequence[tuple[Tensor, bool | None]]) -> list[Copy]:
@@ -74,6 +74,6 @@ def settle(copies: Sequence[Copy]) -> tuple[list[Copy], list[Copy]]:
             needed.append(each)
         else:
             if each.training is not None:
-                _still.setdefault(buffer, set()).add(each.training)
+                _still.setdefault(buffer, {})[each.training] = each.version
             still.append(each._replace(copy=buffer))  # so that the copy is gone
     return needed, still

@@ -144,7 +144,7 @@ def _check(
     errors = {"inverse_error": math.nan, "gradient_error": math.nan}
     try:
         problem = _find_problem(block, x, kwargs, limit, errors)
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - of the user's code
         problem = f"{type(error).__name__}: {error}"
     return BlockCheck(name or kind, kind, **errors, tolerance=limit, problem=problem)
 
@@ -222,11 +222,15 @@ def relative_error(found: Sequence[Tensor | None], expected: Sequence[Tensor | N
     for a, b in pairs:
         if a is None or b is None or a.shape != b.shape:
             return math.inf
-        worst = max(worst, _norm(a - b) / max(_norm(b), 1e-3 * max(norms), 1e-30))
-    return worst
+        worst = max(worst, _norm(a - b) / max(_norm(b), 1e-3 * max(norms), 1e-30), key=_or_infinity)
+    return _or_infinity(worst)
+
+
+def _or_infinity(x: float) -> float:
+    return math.inf if math.isnan(x) else x
 
 
 def _norm(x: Tensor) -> float:
     # Half precision has no range for a sum of squares. What is not a number is no small number.
     norm: float = torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32))).item()
-    return math.inf if math.isnan(norm) else norm
+    return _or_infinity(norm)

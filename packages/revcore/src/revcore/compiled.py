@@ -24,6 +24,7 @@ from revcore.arguments import takes_gradient
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
 from revcore.known import BATCH_NORMS
 from revcore.randomness import RandomnessError, RefuseRandomness
+from revcore.snapshot import Snapshot
 from revcore.step import Pullback, Step
 from revcore.streams import Streams
 
@@ -174,7 +175,7 @@ class _Again(NamedTuple):
     autocast: Sequence[tuple[str, bool, torch.dtype]] = (_NO_CAST, _NO_CAST)
     leaves: Sequence[Tensor] = ()
 
-    def run(self, x: Tensor, *leaves: Tensor) -> Tensor:
+    def run(self, x: Tensor, *leaves: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
         branch = self.step.branch
         arguments, own = leaves[: len(self.names)], leaves[len(self.names) :]
         state = dict(zip(self.parameters, own, strict=True))
@@ -184,11 +185,11 @@ class _Again(NamedTuple):
         kwargs = {**self.kwargs, **dict(zip(self.names, arguments, strict=True))}
         with _reparametrize_module(branch, state, tie_weights=True):
             # What torch.func.functional_call does, which can only call a module, no method of it.
-            y: Tensor = self.compute(self.step.call, x, **kwargs)
+            y: Tensor = self.compute(self.step.call if call is None else call, x, **kwargs)
             return y
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
-        return self.run(x, *self.leaves) if call is None else call(x)
+        return self.run(x, *self.leaves, call=call)
 
     def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
         t, pull, *_ = torch.func.vjp(self.run, x, *self.leaves)
@@ -219,7 +220,27 @@ def find_fault(
         What is wrong: a branch draws random numbers, changes buffers or needs data to run, or a
         tensor would get no gradient. Else nothing.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), RefuseRandomness(RANDOM):
+    modules = list(dict.fromkeys(module for step in steps for module in step.branch.modules()))
+    if any(module._backward_hooks or module._backward_pre_hooks for module in modules):
+        return f"backward hooks of a branch's modules cannot be compiled. {WAYS}"
+    snapshot = Snapshot(modules)
+    fault = _find_fault(steps, kinds, names, constants)
+    if not (fault or snapshot.holds()):
+        kinds_of = " or ".join(sorted({type(step.branch).__name__ for step in steps}))
+        fault = f"a branch ({kinds_of}) changes an attribute, which a compiled chain cannot. {WAYS}"
+    snapshot.put_back({})
+    return fault
+
+
+def _find_fault(
+    steps: Sequence[Step], kinds: Sequence[Kind], names: Sequence[str], constants: Mapping[str, Any]
+) -> str:
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.enable_grad(),
+        RefuseRandomness(RANDOM),
+        torch.autograd.graph.disable_saved_tensors_hooks("they cannot be compiled in a branch"),
+    ):
         tensors = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in kinds]
         count = len(tensors) - len(names)
         streams = tensors[:count]

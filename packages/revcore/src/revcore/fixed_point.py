@@ -57,8 +57,8 @@ class FixedPointCoupling(AdditiveCoupling):
         self, f: nn.Module, g: nn.Module, split_dim: int = 1, fraction_bits: int = 16
     ) -> None:
         super().__init__(f, g, split_dim)
-        if not 1 <= fraction_bits <= 52:
-            raise ValueError(f"fraction_bits (={fraction_bits}) must be in 1..52")
+        if fraction_bits not in range(1, 53):
+            raise ValueError(f"fraction_bits (={fraction_bits}) must be an integer in 1..52")
         self.fraction_bits = self.grid = fraction_bits
 
     def half_steps(self) -> Sequence[HalfStep]:

@@ -50,7 +50,7 @@ def differentiate(
 
 def warn_of_a_result(branch: nn.Module, module: nn.Module, attribute: str) -> None:
     """Warns of a tensor that a branch has left in an attribute, as an auxiliary loss may be."""
-    name = next(name for name, part in branch.named_modules() if part is module)
+    name = next((n for n, part in branch.named_modules() if part is module), "")
     where = f"{name}.{attribute}" if name else attribute
     warnings.warn(
         f"branch {type(branch).__name__} leaves a result in its attribute {where!r}. A loss of it "

@@ -46,6 +46,11 @@ class Scheme(ABC):
 
     grid: int | None = None
 
+    @property
+    def self_contained(self) -> bool:
+        """Whether the arithmetic is known to use its arguments alone, as it should."""
+        return False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # What an ancestor knows of its own arithmetic does not hold for another.
@@ -154,6 +159,10 @@ class HalfStep(Step):
         self._change, self._back, self._vjp = scheme.combine, scheme.uncombine, scheme.combine_vjp
         if inverted:
             self._change, self._back, self._vjp = self._back, self._change, scheme.uncombine_vjp
+
+    @property
+    def self_contained(self) -> bool:  # type: ignore[override]
+        return self.scheme.self_contained
 
     def __repr__(self) -> str:
         names = f"{type(self.scheme).__name__}, {type(self.branch).__name__}"

@@ -84,3 +84,9 @@ def are_self_contained(modules: Sequence[nn.Module]) -> bool:
 def draw(modules: Sequence[nn.Module]) -> bool:
     """Tells whether modules that are self-contained, or torch's own, draw random numbers."""
     return any(type(module) in _DROPOUTS and module.training for module in modules)
+
+
+def are_of_torch(modules: Sequence[nn.Module]) -> bool:
+    """Tells whether modules are torch's own, self-contained, and draw no random numbers."""
+    own = all(type(module) in _OF_TORCH for module in modules)
+    return own and are_self_contained(modules) and not draw(modules)

@@ -20,6 +20,7 @@ import torch
 from torch import Size, Tensor, nn
 
 import revcore
+from revcore.arguments import takes_gradient
 from revcore.check import duplicate
 from revcore.streams import Streams, as_streams
 
@@ -197,6 +198,15 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
     def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
         if isinstance(self._fn, revcore.Coupling):
             return super()._map(x, kwargs, inverted=inverted)
+        if not self.reversing:
+            plain: Any = self._fn.inverse if inverted else self._fn
+            return plain(*x, **kwargs)  # type: ignore[no-any-return]
+        if not all(map(takes_gradient, x)):
+            kinds = ", ".join(str(tensor.dtype) for tensor in x)
+            raise TypeError(
+                f"tensors must be of floating point to be reversed, got {kinds}; pass others by "
+                "keyword, or set disable=True"
+            )
         packed = _Packed(self._fn, x, inverted=inverted)
         keep_input = self._keeps(inverted=inverted)
         anchor = revcore.ReversibleBlock(packed, packed, _Nothing, -1, keep_input)

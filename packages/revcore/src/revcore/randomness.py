@@ -50,7 +50,7 @@ def set_states(states: States) -> None:
 
 def _is_either(one: State, two: State) -> bool:
     """Tells whether a generator is in one of two states, which were read in turn."""
-    return one is two or _content(_get(one.device)) in (two.content, one.content)
+    return _content(_get(one.device)) in (two.content, one.content)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -243,7 +243,9 @@ class Replay(Memory):
                 other random numbers than before.
         """
         if call is not None:
-            return self._repeat(x, inverse=call)
+            t = self._repeat(x, inverse=call)
+            self.seen.look()  # that way may change what the first run did not
+            return t
         return self._without_gradients(self._repeat, self._lay_out(x))
 
     def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -280,7 +282,7 @@ class Replay(Memory):
         leaves = [aliases.get(id(leaf), leaf) for leaf in self.leaves] if aliases else self.leaves
         wanted = (x if self.needs_x else None, *leaves)
         pull = partial(differentiate, t, wanted, survey, bool(self._kwargs))
-        if survey.norms and not survey.contained:
+        if self._copies and not survey.contained:
             pull = partial(self._pull, pull, aliases)
         return t, pull
 
@@ -358,7 +360,8 @@ class Replay(Memory):
         if same and self._survey.repeats_simply and not (aliases or cast):
             return run_branch(*run)
         autocast = autocast_as(self._autocast, self._survey.kinds(x)) if cast else _AS_IT_IS
-        changes = not same or aliases or self._copies or self._still or self._survey.norms
+        survey = self._survey
+        changes = not (same and survey.contained) or aliases or self._copies or survey.norms
         as_it_was = self._as_it_was(snapshot, aliases, same=same) if changes else _AS_IT_IS
         with TURN, autocast, as_it_was:
             return self._draw_again(run_branch, *run)
@@ -397,10 +400,15 @@ class Replay(Memory):
         try:
             with survey.untracked:
                 yield
-            for module, name in () if same else snapshot.new_results():
-                warn_of_a_result(survey.modules[0], module, name)
         finally:
+            # The first run may have left all as it was, where this one has left something.
+            untouched = same and (survey.contained or snapshot.holds())
+            results = [] if untouched else snapshot.new_results()
             fill(others)
+            if same and not untouched:
+                snapshot.put_back(_NOTHING)
+        for module, name in results:
+            warn_of_a_result(survey.modules[0], module, name)
 
 
 def run_branch(

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from revcore.arguments import tensors_of
 from revcore.compiled import WAYS, Kind, find_fault, run_compiled
 from revcore.engine import Call, can_reverse, thread
+from revcore.known import are_of_torch
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 from revcore.survey import Groups
@@ -130,9 +131,10 @@ class Reversible(nn.Module):
         finally:
             thread.call = None
         y = join(x, outputs, self.split_dim)
+        # Without gradients there are none, so that nothing old lives on.
+        groups.close(call.found)
         if tape is not None:
-            groups.close(call.found)
-            if isinstance(y, Tensor):
+            if isinstance(y, Tensor) and len(outputs) > 1:
                 # The joined output is what the next layer keeps: keep views, not the parts beside.
                 sizes = [stream.shape[self.split_dim] for stream in outputs]
                 outputs = tuple(y.detach().split(sizes, self.split_dim))
@@ -151,10 +153,14 @@ class Reversible(nn.Module):
                 "a compiled chain takes tensors as arguments, but none inside of lists, tuples or "
                 "dicts; pass each by a keyword of its own"
             )
-        if reversing:
-            constants = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
-            # By way of text, because only constants can be passed, and a size that has been another
-            # one before is a symbol, which stays one under int() alone.
+        if reversing and not self._is_known():
+            # By way of text, because only constants can be passed, and a number that has been
+            # another one before is a symbol, which stays one under int() alone.
+            constants = {
+                k: int(f"{v}") if type(v) is int else float(f"{v}") if type(v) is float else v
+                for k, v in kwargs.items()
+                if not isinstance(v, Tensor)
+            }
             kinds = [
                 ([int(f"{size}") for size in tensor.shape], tensor.dtype, str(tensor.device))
                 for tensor in (*streams, *given.values())
@@ -168,7 +174,16 @@ class Reversible(nn.Module):
         y = join(x, outputs[: len(streams)], self.split_dim)
         return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
 
-    # It runs once, in Python, while Dynamo traces, which takes its result for a constant.
+    # Both run once, in Python, while Dynamo traces, which takes their results for constants.
+    @_constant
+    def _is_known(self) -> bool:
+        """Tells whether all is torch's own or ours, which need not be tried for each size."""
+        steps, _ = self._plan(self.streams, inverted=False)
+        modules = [module for step in steps for module in step.branch.modules()]
+        held = {parameter for step in steps for parameter in step.branch.parameters()}
+        known = are_of_torch(modules) and all(step.self_contained for step in steps)
+        return known and held.issuperset(self.parameters())
+
     @_constant
     def _find_fault(
         self, inverted: bool, kinds: list[Kind], names: list[str], constants: dict[str, Any]

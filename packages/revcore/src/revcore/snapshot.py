@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
@@ -13,41 +14,63 @@ from torch import Tensor, nn
 from revcore.hooks import HOOKS
 from revcore.versions import versions
 
-Table = dict[str, Any]
+Table = dict[Any, Any]
 
 # The last two tell how hooks are called.
 _TABLES = (
     *("_modules", "_parameters", "_buffers", *HOOKS),
     *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
 )
+_OF_ALL = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, OrderedDict, defaultdict, list)
+_MANY = 1000
+
+
+def containers_of(module: nn.Module) -> list[Any]:
+    """Lists a module's attributes that are dicts or lists, but for those with many entries."""
+    return [
+        value
+        for name, value in vars(module).items()
+        if type(value) in _CONTAINERS and name not in _OF_ALL and len(value) <= _MANY
+    ]
 
 
 class Snapshot:
     """The attributes, parameters, buffers, hooks and modules of some modules, as they are now.
 
-    What an attribute refers to is not looked into.
+    So is what their attributes hold that are dicts or lists. Other objects are not looked into.
 
     Args:
         modules: Those modules.
-        contained: Whether their attributes are known to be no tensors.
+        contained: Whether their attributes are known to be neither tensors nor containers.
 
     Attributes:
+        modules: The same.
         scripted: ScriptModules among them, in which nothing can be put back: their tables are made
             anew each time that one asks.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, contained: bool = False) -> None:
+        self.modules = list(modules)
         self.scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule)]
         self._states = [*map(_state_of, self.scripted)]
         self._entries: list[tuple[nn.Module, Table, Table]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
         for module in modules:
-            if module not in self.scripted:
-                own = vars(module)
-                tables = [own, *[own[name] for name in _TABLES if own.get(name) is not None]]
-                self._entries += [(module, table, dict(table)) for table in tables]
+            if module in self.scripted:
+                continue
+            own = vars(module)
+            tables = [own, *[own[name] for name in _TABLES if own.get(name) is not None]]
+            for container in () if contained else containers_of(module):
+                if isinstance(container, list):
+                    self._lists.append((container, list(container)))
+                else:
+                    tables.append(container)
+            self._entries += [(module, table, dict(table)) for table in tables]
         self._index(contained=contained)
 
     def _index(self, *, contained: bool) -> None:
+        self._kinds = [*map(type, self.modules)]
         self._empty = [table for _, table, held in self._entries if not held]
         # Python finds out in half the time whether values are equal, but of tensors that is not
         # what is asked.
@@ -56,17 +79,19 @@ class Snapshot:
         for module, table, held in self._entries:
             tensors = not contained or table is module._parameters or table is module._buffers
             (slow if tensors else quick).append((table, held))
-        self._quick, self._equal = _columns(quick)
-        self._slow, self._same = _columns(slow)
+        self._quick, _, self._equal = _columns(quick)
+        self._slow, self._names, self._same = _columns(slow)
 
     @classmethod
     def join(cls, parts: Sequence[Snapshot], *, contained: bool) -> Snapshot:
         """Creates one snapshot of several."""
         whole = cls(())
         for part in parts:
+            whole.modules += part.modules
             whole.scripted += part.scripted
             whole._states += part._states
             whole._entries += part._entries
+            whole._lists += part._lists
         whole._index(contained=contained)
         return whole
 
@@ -74,16 +99,16 @@ class Snapshot:
         """Tells whether the modules hold the very same objects."""
         now = _values(self._slow)
         return (
-            len(now) == len(self._same)
-            and all(map(is_, now, self._same))
+            _are_same(now, self._same)
+            and [*chain.from_iterable(self._slow)] == self._names
             and _are_equal(_values(self._quick), self._equal)
             and not any(self._empty)
+            and [*map(type, self.modules)] == self._kinds
+            and all(_are_same(now, held) for now, held in self._lists)
             and not (self.scripted and [*map(_state_of, self.scripted)] != self._states)
         )
 
-    def put_back(
-        self, others: Mapping[int, Tensor], *, same: bool = False
-    ) -> list[tuple[Table, Table]]:
+    def put_back(self, others: Mapping[int, Tensor], *, same: bool = False) -> list[Held]:
         """Makes the modules hold again what they held.
 
         Args:
@@ -91,7 +116,7 @@ class Snapshot:
             same: Whether they hold it now.
 
         Returns:
-            Tables and what they held until now, for `fill`.
+            Places and what they held until now, for `fill`.
 
         Raises:
             RuntimeError: If there is something to put back in a ScriptModule.
@@ -104,7 +129,18 @@ class Snapshot:
                 "backward() is done, or store the activations, "
                 "revcore.set_reversing(model, False)."
             )
-        undo = []
+        undo: list[Held] = []
+        place: Any
+        for place, kind in zip(self.modules, self._kinds, strict=True):
+            if type(place) is not kind:
+                if issubclass(kind, type(place)):  # that class is not what it was any more
+                    raise RuntimeError(
+                        f"a module of a branch was a {kind.__name__} in the forward pass and is a "
+                        f"{type(place).__name__} now, as if a parametrization had been removed: "
+                        "call backward() before that"
+                    )
+                undo.append((place, type(place)))
+                place.__class__ = kind
         for _, table, held in self._entries:
             wanted = held
             if not others.keys().isdisjoint(map(id, held.values())):
@@ -113,12 +149,15 @@ class Snapshot:
                 continue
             undo.append((table, dict(table)))
             fill([(table, wanted)])
+        for values, held_values in self._lists:
+            undo.append((values, list(values)))
+            values[:] = [others.get(id(value), value) for value in held_values]
         return undo
 
     def buffers_are_others(self) -> bool:
         """Tells whether there are other buffers now."""
         return any(
-            len(table) != len(held) or not all(map(is_, table.values(), held.values()))
+            not _are_same([*table.values()], [*held.values()])
             for module, table, held in self._entries
             if table is module._buffers
         )
@@ -133,17 +172,30 @@ class Snapshot:
             and value.grad_fn is not None
             and held.get(name) is not value
             # A weight that is computed from a weight_orig or weight_g beside it is none.
-            and not any(key.startswith(f"{name}_") for key in module._parameters)
+            and not any(f"{name}{end}" in module._parameters for end in ("_orig", "_g", "_v"))
         ]
 
 
-def fill(tables: Sequence[tuple[Table, Table]]) -> None:
-    """Fills tables with what they are to hold."""
-    for table, held in tables:
-        # The order is that of state dicts.
-        if [*table] != [*held]:
-            table.clear()
-        table.update(held)
+Held = tuple[Any, Any]
+"""A table, a list or a module, and its entries, its values or its class."""
+
+
+def fill(places: Sequence[Held]) -> None:
+    """Lets places hold what they are to hold."""
+    for place, held in places:
+        if isinstance(place, nn.Module):
+            place.__class__ = held
+        elif isinstance(place, list):
+            place[:] = held
+        else:
+            # The order is that of state dicts.
+            if [*place] != [*held]:
+                place.clear()
+            place.update(held)
+
+
+def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def _are_equal(one: list[Any], other: list[Any]) -> bool:
@@ -157,8 +209,13 @@ def _values(tables: Iterable[Table]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, tables)))
 
 
-def _columns(entries: Sequence[tuple[Table, Table]]) -> tuple[list[Table], list[Any]]:
-    return [table for table, held in entries if held], _values(held for _, held in entries)
+def _columns(entries: Sequence[tuple[Table, Table]]) -> tuple[list[Table], list[Any], list[Any]]:
+    every = [held for _, held in entries]
+    return (
+        [table for table, held in entries if held],
+        [*chain.from_iterable(every)],
+        _values(every),
+    )
 
 
 def _state_of(module: Any) -> list[int]:

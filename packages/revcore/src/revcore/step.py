@@ -48,6 +48,7 @@ class Step(ABC):
             writes a value that is too large. Whoever applies the step sets it.
         looked: Whether the step has looked for such values.
         repeats: Whether undoing the step runs the branch as applying it did.
+        self_contained: Whether its own arithmetic is known to use its arguments alone.
     """
 
     branch: nn.Module
@@ -58,6 +59,7 @@ class Step(ABC):
     place: Callable[[], Tensor] | None = None
     looked = False
     repeats = True
+    self_contained = False
 
     @abstractmethod
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from revcore.buffers import is_large, stays
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.known import BATCH_NORMS, are_self_contained, draw
-from revcore.snapshot import Snapshot
+from revcore.snapshot import Snapshot, containers_of
 from revcore.turns import TURN
 
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
@@ -128,19 +128,23 @@ class Survey:
     def _sort(self, module: nn.Module) -> None:
         """Finds what a second run of a module must find as it was, beside parameters."""
         norm = type(module) in BATCH_NORMS
-        if norm and module.training:
+        if norm and module.training and self.contained:
             # Switching `track_running_stats` off repeats such a one exactly, and is cheaper than
-            # exchanging buffers. Also where it is off now: a branch around it may have seen to
-            # that, and be done when it is repeated.
+            # exchanging buffers, which code around it may read.
             self.norms.append(vars(module))
             return
         buffers = [b for b in module._buffers.values() if not (b is None or is_lazy(b))]
-        attributes = (
-            [] if self.contained else [v for v in vars(module).values() if isinstance(v, Tensor)]
-        )
-        self._attributes += attributes
+        values = [] if self.contained else [*vars(module).values()]
+        # In a tuple nothing can be exchanged.
+        tuples = [v for each in values if isinstance(each, tuple) for v in each]
+        self.constants += filter(torch.is_tensor, tuples)
+        for container in containers_of(module) if values else ():
+            values += container if isinstance(container, list) else container.values()
+        attributes = [value for value in values if isinstance(value, Tensor)]
+        self._attributes += [*attributes, *filter(torch.is_tensor, tuples)]
         found: list[tuple[Tensor, bool | None]] = [(b, module.training) for b in buffers]
-        for tensor, flag in [*found, *((tensor, None) for tensor in attributes)]:
+        found += [(tensor, None) for tensor in attributes]
+        for tensor, flag in found:
             if tensor.requires_grad or (norm and self.contained) or stays(tensor, flag):
                 self.constants.append(tensor)
             else:
@@ -179,15 +183,20 @@ class Group:
         self.snapshot = Snapshot.join([each.snapshot for each in surveys], contained=contained)
         self.tensors = [t for survey in surveys for t in [*survey.tensors, *survey.constants]]
         self.lasts = all(survey.lasts for survey in surveys)
-        self._types = [*map(type, self.modules)]
         self.needed = needs_of(self.tensors)
+        self._buffers = [tensor for survey in surveys for tensor, _ in survey.buffers]
+        # A branch may change what another one of torch's own modules holds, if it is its own, too.
+        shared = len({*map(id, self.modules)}) < len(self.modules)
+        if shared and not contained:
+            for survey in surveys:
+                survey.simple = survey.repeats_simply = False
 
     def holds(self) -> bool:
         """Tells whether new surveys would be the same."""
         return (
             self.snapshot.holds()
             and needs_of(self.tensors) == self.needed
-            and [*map(type, self.modules)] == self._types
+            and not any(tensor.requires_grad for tensor in self._buffers)
             and not has_global_hooks()
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor
 
@@ -23,10 +24,11 @@ def versions(tensors: Collection[Tensor]) -> list[int]:
         return [version(tensor) for tensor in tensors]
 
 
-def contents(tensors: Collection[Tensor]) -> list[int]:
+def contents(tensors: Collection[Tensor]) -> list[Any]:
     """Identifies what tensors hold: the version of each, then its memory, whoever fills it."""
     try:
-        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        # Not their addresses, of which the next one could get the same.
+        storages: list[Any] = [tensor.untyped_storage() for tensor in tensors]
     except (RuntimeError, NotImplementedError, ValueError):  # wraps others, or is lazy
         storages = [0] * len(tensors)
     return versions(tensors) + storages
