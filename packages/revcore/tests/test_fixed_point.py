@@ -167,7 +167,7 @@ def test_dtypes_without_a_grid_are_refused():
         chain(torch.randn(2, 8, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("bits", [0, 53, -1])
+@pytest.mark.parametrize("bits", [0, 53, -1, 16.5])
 def test_fraction_bits_out_of_range(bits):
     with pytest.raises(ValueError, match="fraction_bits"):
         revcore.FixedPointCoupling(nn.Identity(), nn.Identity(), fraction_bits=bits)
