@@ -484,6 +484,7 @@ def test_a_tensor_that_an_adapter_finds_elsewhere_compiled(device):
         torch.compile(chain, backend="aot_eager")(torch.randn(5, 8, device=device)).sum().backward()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.11 does not see it as a constant")
 def test_a_number_that_changes_compiled(device):
     class Powers(nn.Linear):
         def forward(self, x, *, k, scale):

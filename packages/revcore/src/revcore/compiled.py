@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
+from revcore.adding import AddingStep
 from revcore.arguments import takes_gradient
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
+from revcore.half_step import HalfStep
 from revcore.known import BATCH_NORMS
 from revcore.randomness import RandomnessError, RefuseRandomness
 from revcore.snapshot import Snapshot
@@ -248,7 +250,9 @@ def _find_fault(
         known = [parameter for step in steps for parameter in step.branch.parameters()]
         try:
             for step in steps:
-                step.apply(_Probe(step, kwargs).run, streams)
+                # A compiled branch adds to no stream by itself.
+                apply: Any = HalfStep.apply if type(step) is AddingStep else type(step).apply
+                apply(step, _Probe(step, kwargs).run, streams)
             for stream in streams:
                 if stream.requires_grad:
                     refuse_foreign_leaves(stream, known, "a branch or a coupling")

@@ -154,15 +154,13 @@ class Reversible(nn.Module):
                 "dicts; pass each by a keyword of its own"
             )
         if reversing and not self._is_known():
-            # By way of text, because only constants can be passed, and a number that has been
-            # another one before is a symbol, which stays one under int() alone.
             constants = {
-                k: int(f"{v}") if type(v) is int else float(f"{v}") if type(v) is float else v
-                for k, v in kwargs.items()
-                if not isinstance(v, Tensor)
+                name: _as_constant(value)
+                for name, value in kwargs.items()
+                if not isinstance(value, Tensor)
             }
             kinds = [
-                ([int(f"{size}") for size in tensor.shape], tensor.dtype, str(tensor.device))
+                ([_as_constant(size) for size in tensor.shape], tensor.dtype, str(tensor.device))
                 for tensor in (*streams, *given.values())
             ]
             fault = self._find_fault(inverted, kinds, list(given), constants)
@@ -196,6 +194,14 @@ class Reversible(nn.Module):
 
 
 _alone_untraced = _disable_dynamo(Reversible._alone)
+
+
+def _as_constant(value: Any) -> Any:
+    """Makes a constant of a number, which for a compiler is a symbol if it was another before."""
+    # By way of text, because a symbol stays one under int() alone.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return int(f"{value}") if isinstance(value, int) else float(f"{value}")
 
 
 def set_reversing(module: M, enabled: bool) -> M:
