@@ -334,7 +334,8 @@ class Replay(Memory):
         return like.copy_(x)
 
     def _run(self, x: Tensor) -> Tensor:
-        return run_branch(self._call, x, self._kwargs, self)
+        memory = self if self._survey.remembers else None
+        return run_branch(self._call, x, self._kwargs, memory)
 
     def _without_gradients(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs the branch; on a grid by the very code that is run with gradients."""
@@ -428,6 +429,24 @@ def run_branch(
     """
     counted = not x.is_inference()
     before = x._version if counted else 0
+    if memory is None and not parametrize._cache_enabled:
+        t = call(x, **kwargs)
+    else:
+        t = _remembering(call, x, kwargs, memory)
+    if not isinstance(t, Tensor):
+        raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
+    if counted and x._version != before:
+        raise RuntimeError(
+            f"branch {_name(call)} changes its input in place, which destroys the stream that it "
+            "reads. Start the branch with an operation that is not in place, such as "
+            "nn.ReLU(inplace=False)."
+        )
+    return t
+
+
+def _remembering(
+    call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory | None
+) -> Any:
     outer = thread.memory
     if memory is not None:
         memory.outer, memory.position, thread.memory = outer, 0, memory
@@ -442,14 +461,6 @@ def run_branch(
     finally:
         thread.memory = outer
         parametrize._cache_enabled += cached
-    if not isinstance(t, Tensor):
-        raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
-    if counted and x._version != before:
-        raise RuntimeError(
-            f"branch {_name(call)} changes its input in place, which destroys the stream that it "
-            "reads. Start the branch with an operation that is not in place, such as "
-            "nn.ReLU(inplace=False)."
-        )
     return t
 
 

@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from revcore.arguments import tensors_of
 from revcore.compiled import WAYS, Kind, find_fault, run_compiled
 from revcore.engine import Call, can_reverse, thread
-from revcore.known import are_of_torch
+from revcore.known import are_of_torch, draw
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 from revcore.survey import Groups
@@ -179,7 +179,11 @@ class Reversible(nn.Module):
         steps, _ = self._plan(self.streams, inverted=False)
         modules = [module for step in steps for module in step.branch.modules()]
         held = {parameter for step in steps for parameter in step.branch.parameters()}
-        known = are_of_torch(modules) and all(step.self_contained for step in steps)
+        known = (
+            are_of_torch(modules)
+            and not draw(modules)
+            and all(step.self_contained for step in steps)
+        )
         return known and held.issuperset(self.parameters())
 
     @_constant

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from revcore.buffers import is_large, stays
 from revcore.hooks import has_global_hooks, has_hooks
-from revcore.known import BATCH_NORMS, are_self_contained, draw
+from revcore.known import BATCH_NORMS, are_of_torch, are_self_contained, draw
 from revcore.snapshot import Snapshot, containers_of
 from revcore.turns import TURN
 
@@ -73,6 +73,7 @@ class Survey:
         norms: The attributes of batch norms in training, whose buffers no run reads.
         contained: Whether the modules are known to use nothing from elsewhere.
         draws: Whether they may draw random numbers.
+        remembers: Whether they may call `revcore.remember`.
         lazy: Whether a parameter or a buffer has no shape yet.
         simple: Whether a first run has to note nothing but autocast and random numbers.
         repeats_simply: Whether a repetition has to change nothing but autocast.
@@ -110,6 +111,7 @@ class Survey:
         self.lazy = any(map(is_lazy, held))
         self.simple = self.contained and self.plain and not (self.buffers or self.lazy)
         self.draws = not self.contained or draw(modules)
+        self.remembers = not are_of_torch(modules)
         self.untracked: AbstractContextManager[None] = (
             Untracked(self.norms) if self.norms else nullcontext()
         )
