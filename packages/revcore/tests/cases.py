@@ -233,3 +233,23 @@ def step_of(net: nn.Module, x: Tensor) -> list[Tensor]:
     y = net(x)
     y.square().sum().backward()
     return [y, x.grad, *(p.grad for p in net.parameters())]  # type: ignore[list-item]
+
+
+def assert_as_stored(
+    make: Callable[[], nn.Module],
+    x: Tensor,
+    take: Callable[[nn.Module, Tensor], list[Tensor]] = step_of,
+    steps: int = 2,
+) -> nn.Module:
+    """Takes steps with a chain and with its stored twin; gradients and buffers agree."""
+    torch.manual_seed(0)
+    chain = make().double().to(x.device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for number in range(steps):
+        found = []
+        for net in (chain, twin):
+            torch.manual_seed(number)
+            found.append([*take(net, x), *(b.double() for b in net.buffers())])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    return chain

@@ -227,11 +227,12 @@ def find_fault(
         return f"backward hooks of a branch's modules cannot be compiled. {WAYS}"
     snapshot = Snapshot(modules)
     fault = _find_fault(steps, kinds, names, constants)
-    if not (fault or snapshot.holds()):
-        kinds_of = " or ".join(sorted({type(step.branch).__name__ for step in steps}))
-        fault = f"a branch ({kinds_of}) changes an attribute, which a compiled chain cannot. {WAYS}"
+    if snapshot.holds():
+        return fault
     snapshot.put_back({})
-    return fault
+    kinds_of = " or ".join(sorted({type(step.branch).__name__ for step in steps}))
+    what = f"a branch ({kinds_of}) changes an attribute, which a compiled chain cannot. {WAYS}"
+    return fault or what
 
 
 def _find_fault(

@@ -63,6 +63,9 @@ class Seen:
         given: The same.
         kwargs: The same.
         same: Whether all is as it was, while somebody knows it; None otherwise.
+        usual: Whether then nothing has to be exchanged for a repetition.
+        ran: Whether a branch has run that may have changed what another one holds.
+        quick: Whether the first runs have neither arguments nor autocast.
     """
 
     same: bool | None = None

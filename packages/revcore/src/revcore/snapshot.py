@@ -119,7 +119,8 @@ class Snapshot:
             Places and what they held until now, for `fill`.
 
         Raises:
-            RuntimeError: If there is something to put back in a ScriptModule.
+            RuntimeError: If there is something to put back in a ScriptModule, or a module was of a
+                class that is no more what it was. Nothing is changed then.
         """
         replaced = any(not others.keys().isdisjoint(state) for state in self._states)
         if replaced or [*map(_state_of, self.scripted)] != self._states:
@@ -129,18 +130,20 @@ class Snapshot:
                 "backward() is done, or store the activations, "
                 "revcore.set_reversing(model, False)."
             )
-        undo: list[Held] = []
-        place: Any
-        for place, kind in zip(self.modules, self._kinds, strict=True):
-            if type(place) is not kind:
-                if issubclass(kind, type(place)):  # that class is not what it was any more
-                    raise RuntimeError(
-                        f"a module of a branch was a {kind.__name__} in the forward pass and is a "
-                        f"{type(place).__name__} now, as if a parametrization had been removed: "
-                        "call backward() before that"
-                    )
-                undo.append((place, type(place)))
-                place.__class__ = kind
+        classes: list[tuple[Any, type]] = [
+            (module, kind)
+            for module, kind in zip(self.modules, self._kinds, strict=True)
+            if type(module) is not kind
+        ]
+        for module, kind in classes:
+            if issubclass(kind, type(module)):  # that class is not what it was any more
+                raise RuntimeError(
+                    f"a module of a branch was a {kind.__name__} in the forward pass and is a "
+                    f"{type(module).__name__} now, as if a parametrization had been removed: "
+                    "call backward() before that"
+                )
+        undo: list[Held] = [(module, type(module)) for module, _ in classes]
+        fill(classes)
         for _, table, held in self._entries:
             wanted = held
             if not others.keys().isdisjoint(map(id, held.values())):
