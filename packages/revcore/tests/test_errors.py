@@ -26,6 +26,26 @@ def test_unknown_coupling():
         revcore.ReversibleBlock(nn.Linear(4, 4), coupling="afine")
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: revcore.ReversibleBlock(f, coupling=lambda *_, **__: f), "returned Linear"),
+        (lambda f: revcore.AffineCoupling(f, f, adapter="sigmoid"), r"adapter \(='sigmoid'\)"),
+        (lambda f: revcore.AdditiveCoupling(f, f, split_dim=1.0), r"split_dim \(=1.0\)"),
+        (lambda f: revcore.ReversibleBlock(f, split_dim="1"), r"split_dim \(='1'\)"),
+        (lambda _: revcore.ReversibleSequential(block(), split_dim=None), r"split_dim \(=None\)"),
+        (
+            lambda _: revcore.set_reversing(block(), "no"),
+            r"enabled \(='no'\) must be",
+        ),
+    ],
+    ids=["coupling", "adapter", "of a coupling", "of a block", "of a chain", "enabled"],
+)
+def test_arguments_of_another_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make(nn.Linear(4, 4))
+
+
 def test_branch_that_is_no_module():
     with pytest.raises(TypeError, match=r"f must be an nn.Module, got function"):
         revcore.AdditiveCoupling(lambda x: x, nn.Linear(4, 4))

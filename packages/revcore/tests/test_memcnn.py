@@ -10,6 +10,7 @@ from torch import nn
 
 import revcore
 import revcore.memcnn as memcnn  # noqa: PLR0402 - as users write it
+from revcore.streams import as_streams
 
 
 class ExampleOperation(nn.Module):
@@ -37,6 +38,41 @@ def test_example_of_the_first_releases():
     y = block(x)
     assert y.shape == x.shape
     assert torch.allclose(x, block.inverse(y), atol=1e-06)
+
+
+class Scaled(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, width).double())
+
+    def forward(self, x):
+        return x * self.weight.exp()
+
+    def inverse(self, y):
+        return y / self.weight.exp()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_wrapper_of_any_module_in_a_chain(keep, apart):
+    blocks = [
+        memcnn.InvertibleModuleWrapper(Scaled(8), keep_input=keep),
+        memcnn.ReversibleBlock(nn.Linear(4, 4).double()),
+        memcnn.InvertibleModuleWrapper(Scaled(8), keep_input_inverse=keep),
+    ]
+    chain = revcore.ReversibleSequential(*blocks)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    inputs = x.chunk(2, 1) if apart else (x,)
+    y = chain(*inputs)
+    torch.testing.assert_close(torch.cat(as_streams(y), 1), nn.Sequential(*blocks)(x))
+    back = chain.inverse(*as_streams(y))
+    torch.testing.assert_close(torch.cat(as_streams(back), 1), x)
+    plain = copy.deepcopy(chain)
+    revcore.set_reversing(plain, enabled=False)
+    for net in (chain, plain):
+        sum(out.sin().sum() for out in as_streams(net(*inputs))).backward()
+    for ours, theirs in zip(chain.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_example_of_the_last_release():

@@ -98,6 +98,9 @@ class AffineCoupling(Coupling):
             for branches that double the size of `split_dim`, or a function of your own. Bind their
             options by `functools.partial`.
 
+    Raises:
+        TypeError: If `adapter` is no function.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -111,6 +114,11 @@ class AffineCoupling(Coupling):
         self, f: nn.Module, g: nn.Module, split_dim: int = 1, adapter: ScaleShift = exp_adapter
     ) -> None:
         super().__init__(f, g, split_dim)
+        if not callable(adapter):
+            raise TypeError(
+                f"adapter (={adapter!r}) must be a function of a branch's output, such as "
+                "revcore.sigmoid_adapter"
+            )
         self.adapter = adapter
 
     @property

@@ -16,7 +16,7 @@ from revcore.fixed_point import FixedPointCoupling
 from revcore.hooks import has_hooks
 from revcore.reversible import Reversible
 from revcore.step import Step
-from revcore.streams import Streams, as_streams
+from revcore.streams import Streams, as_dim, as_streams
 
 _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "additive": AdditiveCoupling,
@@ -48,7 +48,8 @@ class ReversibleBlock(Reversible):
             See `set_reversing`.
 
     Raises:
-        TypeError: If `coupling` is neither a name nor a function.
+        TypeError: If `coupling` is neither a name nor a function that returns a `Coupling`, or
+            `split_dim` no integer.
         ValueError: If `coupling` is an unknown name.
 
     Example:
@@ -60,6 +61,8 @@ class ReversibleBlock(Reversible):
         >>> torch.allclose(block.inverse(y), x, atol=1e-5)
         True
     """
+
+    _wraps: type[nn.Module] = Coupling
 
     def __init__(  # noqa: PLR0917 - the order of MemCNN's arguments
         self,
@@ -83,8 +86,14 @@ class ReversibleBlock(Reversible):
                 f"coupling must be a name, or a function (f, g, split_dim=...) -> Coupling, got "
                 f"{type(coupling).__name__}; an object of a Coupling is a block already"
             )
-        self.coupling = coupling(f, copy.deepcopy(f) if g is None else g, split_dim=split_dim)
-        self.split_dim = split_dim
+        self.split_dim = as_dim(split_dim)
+        made = coupling(f, copy.deepcopy(f) if g is None else g, split_dim=split_dim)
+        if not isinstance(made, self._wraps):
+            raise TypeError(
+                f"coupling must be a function that returns a Coupling, but {coupling!r} returned "
+                f"{type(made).__name__}"
+            )
+        self.coupling = made
         self.keep_input = keep_input
         self.keep_input_inverse = keep_input_inverse
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from revcore.compiled import run_compiled
 from revcore.engine import run
 from revcore.half_step import HalfStep, Scheme
-from revcore.streams import Streams, join, split
+from revcore.streams import Streams, as_dim, join, split
 
 
 class Coupling(nn.Module, Scheme):
@@ -32,7 +32,7 @@ class Coupling(nn.Module, Scheme):
         streams: How many streams a single input tensor is split in.
 
     Raises:
-        TypeError: If `f` or `g` is not a module.
+        TypeError: If `f` or `g` is not a module, or `split_dim` no integer.
 
     Example:
         >>> class Scaled(Coupling):
@@ -63,7 +63,7 @@ class Coupling(nn.Module, Scheme):
                 )
         self.f = f
         self.g = g
-        self.split_dim = split_dim
+        self.split_dim = as_dim(split_dim)
 
     def half_steps(self) -> Sequence[HalfStep]:
         """Lists the half-steps in the order of the forward pass.

@@ -22,6 +22,9 @@ from torch import Size, Tensor, nn
 import revcore
 from revcore.arguments import takes_gradient
 from revcore.check import duplicate
+from revcore.engine import Call, run, thread
+from revcore.invertible import InvertibleStep
+from revcore.step import Step
 from revcore.streams import Streams, as_streams
 
 __all__ = [
@@ -169,6 +172,7 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
         preserve_rng_state: Not needed any more: random numbers are always replayed.
     """
 
+    _wraps = nn.Module
     coupling = property(lambda self: self._fn)
 
     def __init__(  # noqa: PLR0917 - MemCNN's arguments
@@ -195,8 +199,31 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
     def disable(self, value: bool) -> None:
         self.reversing = not value
 
-    def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
+    @property
+    def streams(self) -> int:
+        """How many streams a single input tensor is split in."""
+        return self._fn.streams if isinstance(self._fn, revcore.Coupling) else 1
+
+    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
+        fn: Any = self._fn
+        if isinstance(fn, revcore.Coupling):
+            return super()._plan(count, inverted=inverted)
+        step = InvertibleStep(fn, count, self.split_dim, inverted=inverted)
+        return [step], [0] if self._keeps(inverted=inverted) else []
+
+    def _run(
+        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
+    ) -> Streams:
         if isinstance(self._fn, revcore.Coupling):
+            return super()._run(call, streams, kwargs, inverted=inverted)
+        steps, kept = self._plan(len(streams), inverted=inverted)
+        if kept:
+            call.keep(streams)
+        return run(steps, streams, kwargs)
+
+    def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
+        # In a chain it is a step as any module with an inverse.
+        if isinstance(self._fn, revcore.Coupling) or thread.call is not None:
             return super()._map(x, kwargs, inverted=inverted)
         if not self.reversing:
             plain: Any = self._fn.inverse if inverted else self._fn

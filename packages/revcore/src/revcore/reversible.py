@@ -223,6 +223,9 @@ def set_reversing(module: M, enabled: bool) -> M:
     Returns:
         The same module.
 
+    Raises:
+        TypeError: If `enabled` is neither.
+
     Example:
         >>> from torch import nn
         >>> from revcore import ReversibleBlock
@@ -230,7 +233,9 @@ def set_reversing(module: M, enabled: bool) -> M:
         >>> block.reversing
         False
     """
+    if enabled not in (True, False):
+        raise TypeError(f"enabled (={enabled!r}) must be True or False")
     for part in module.modules():
         if isinstance(part, Reversible):
-            part.reversing = enabled
+            part.reversing = bool(enabled)
     return module

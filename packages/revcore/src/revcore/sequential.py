@@ -16,7 +16,7 @@ from revcore.hooks import has_global_hooks
 from revcore.invertible import InvertibleStep
 from revcore.reversible import Reversible
 from revcore.step import Step
-from revcore.streams import Streams, as_streams
+from revcore.streams import Streams, as_dim, as_streams
 
 _OURS = (Reversible, Coupling)
 
@@ -59,7 +59,8 @@ class ReversibleSequential(Reversible, nn.Sequential):
             it is differentiated, on a second stream: faster, with the memory of one more half-step.
 
     Raises:
-        TypeError: If a block is not reversible; in a call, if it has no log-determinant.
+        TypeError: If a block is not reversible, or `split_dim` no integer; in a call, if a block
+            has no log-determinant.
         ValueError: If a block is made to split along another dimension.
 
     Example:
@@ -75,7 +76,7 @@ class ReversibleSequential(Reversible, nn.Sequential):
     """
 
     def __init__(self, *blocks: nn.Module, split_dim: int = 1, log_det: bool = False) -> None:
-        self.split_dim = split_dim
+        self.split_dim = as_dim(split_dim)
         self.log_det = log_det
         super().__init__(*blocks)
 

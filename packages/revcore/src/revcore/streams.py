@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,18 @@ import torch
 from torch import Tensor
 
 Streams = tuple[Tensor, ...]
+
+
+def as_dim(split_dim: int) -> int:
+    """Returns `split_dim`.
+
+    Raises:
+        TypeError: If it is no integer.
+    """
+    try:
+        return operator.index(split_dim)
+    except TypeError:
+        raise TypeError(f"split_dim (={split_dim!r}) must be an integer") from None
 
 
 def split(x: Sequence[Tensor], split_dim: int, count: int = 2) -> Streams:
