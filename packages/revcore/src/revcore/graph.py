@@ -79,19 +79,20 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None
     Raises:
         ForeignLeafError: Naming the shape of the foreign leaf.
     """
-    expected = {id(tensor) for tensor in known}
+    expected = {*map(id, known)}
     if t.grad_fn is None and id(t) not in expected:
         raise _foreign(t, what)
     seen: set[Any] = {t.grad_fn, None}
     nodes: list[Any] = [] if t.grad_fn is None else [t.grad_fn]
     for node in nodes:  # grows meanwhile
         for following, _ in node.next_functions:
-            if type(following) is _Leaf:
-                if id(leaf := following.variable) not in expected:
-                    raise _foreign(leaf, what)
-            elif following not in seen:
-                seen.add(following)
+            if following in seen:
+                continue
+            seen.add(following)
+            if type(following) is not _Leaf:
                 nodes.append(following)
+            elif id(leaf := following.variable) not in expected:
+                raise _foreign(leaf, what)
 
 
 def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
@@ -99,5 +100,6 @@ def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
         f"{what} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is "
         "neither its input nor one of its parameters; it would get no gradient. Register it as an "
         "nn.Parameter of the branch, pass it by keyword (chain(x, name=tensor)), detach it, or "
-        "store the activations: revcore.set_reversing(model, False)."
+        "store the activations: revcore.set_reversing(model, False). With FSDP apply fully_shard "
+        "to the block, not to its branch."
     )

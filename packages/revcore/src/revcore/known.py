@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from revcore.hooks import has_hooks
+from revcore.hooks import has_global_hooks, has_hooks
 
 M = TypeVar("M", bound=type[nn.Module])
 
@@ -69,15 +69,16 @@ def self_contained(module: M) -> M:
     return module
 
 
-def are_self_contained(modules: Sequence[nn.Module]) -> bool:
-    """Tells whether these modules are known to use nothing from elsewhere."""
-    return all(
-        _contained.get(type(module)) == _code_of(type(module))
+def is_self_contained(module: nn.Module) -> bool:
+    """Tells whether a module is known to use nothing from elsewhere, but for modules inside."""
+    kind = type(module)
+    return (
+        _contained.get(kind) == _code_of(kind)
         and not has_hooks(module)
+        and not has_global_hooks()
         and not any(name in vars(module) for name in _CODE)
         # Such as a weight that another net has made.
         and not any(isinstance(value, Tensor) for value in vars(module).values())
-        for module in modules
     )
 
 
@@ -88,4 +89,4 @@ def draw(modules: Sequence[nn.Module]) -> bool:
 
 def are_of_torch(modules: Sequence[nn.Module]) -> bool:
     """Tells whether modules are torch's own, and self-contained."""
-    return all(type(module) in _OF_TORCH for module in modules) and are_self_contained(modules)
+    return all(type(module) in _OF_TORCH and is_self_contained(module) for module in modules)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore.hooks import HOOKS
+from revcore.known import is_self_contained
 from revcore.versions import versions
 
 Table = dict[Any, Any]
@@ -38,11 +39,11 @@ def containers_of(module: nn.Module) -> list[Any]:
 class Snapshot:
     """The attributes, parameters, buffers, hooks and modules of some modules, as they are now.
 
-    So is what their attributes hold that are dicts or lists. Other objects are not looked into.
+    So is what their attributes hold that are dicts or lists. Other objects are not looked into, nor
+    attributes of modules that are self-contained.
 
     Args:
         modules: Those modules.
-        contained: Whether their attributes are known to be neither tensors nor containers.
 
     Attributes:
         modules: The same.
@@ -50,40 +51,42 @@ class Snapshot:
             anew each time that one asks.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], *, contained: bool = False) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = list(modules)
         self.scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule)]
         self._states = [*map(_state_of, self.scripted)]
         self._entries: list[tuple[nn.Module, Table, Table]] = []
+        # Entries that are known to be no tensors, and the others.
+        self._quick: list[tuple[Table, Table]] = []
+        self._slow: list[tuple[Table, Table]] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
         for module in modules:
             if module in self.scripted:
                 continue
             own = vars(module)
             tables = [own, *[own[name] for name in _TABLES if own.get(name) is not None]]
+            contained = is_self_contained(module)
             for container in () if contained else containers_of(module):
                 if isinstance(container, list):
                     self._lists.append((container, list(container)))
                 else:
                     tables.append(container)
-            self._entries += [(module, table, dict(table)) for table in tables]
-        self._index(contained=contained)
+            for table in tables:
+                tensors = not contained or table is module._parameters or table is module._buffers
+                (self._slow if tensors else self._quick).append((table, held := dict(table)))
+                self._entries.append((module, table, held))
+        self._index()
 
-    def _index(self, *, contained: bool) -> None:
+    def _index(self) -> None:
         self._kinds = [*map(type, self.modules)]
         self._empty = [table for _, table, held in self._entries if not held]
         # Python finds out in half the time whether values are equal, but of tensors that is not
         # what is asked.
-        quick: list[tuple[Table, Table]] = []
-        slow: list[tuple[Table, Table]] = []
-        for module, table, held in self._entries:
-            tensors = not contained or table is module._parameters or table is module._buffers
-            (slow if tensors else quick).append((table, held))
-        self._quick, _, self._equal = _columns(quick)
-        self._slow, self._names, self._same = _columns(slow)
+        self._equals, _, self._equal = _columns(self._quick)
+        self._sames, self._names, self._same = _columns(self._slow)
 
     @classmethod
-    def join(cls, parts: Sequence[Snapshot], *, contained: bool) -> Snapshot:
+    def join(cls, parts: Sequence[Snapshot]) -> Snapshot:
         """Creates one snapshot of several."""
         whole = cls(())
         for part in parts:
@@ -92,16 +95,18 @@ class Snapshot:
             whole._states += part._states
             whole._entries += part._entries
             whole._lists += part._lists
-        whole._index(contained=contained)
+            whole._quick += part._quick
+            whole._slow += part._slow
+        whole._index()
         return whole
 
     def holds(self) -> bool:
         """Tells whether the modules hold the very same objects."""
-        now = _values(self._slow)
+        now = _values(self._sames)
         return (
             _are_same(now, self._same)
-            and [*chain.from_iterable(self._slow)] == self._names
-            and _are_equal(_values(self._quick), self._equal)
+            and [*chain.from_iterable(self._sames)] == self._names
+            and _are_equal(_values(self._equals), self._equal)
             and not any(self._empty)
             and [*map(type, self.modules)] == self._kinds
             and all(_are_same(now, held) for now, held in self._lists)

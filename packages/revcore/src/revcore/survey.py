@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from revcore.buffers import is_large, stays
 from revcore.hooks import has_global_hooks, has_hooks
-from revcore.known import BATCH_NORMS, are_of_torch, are_self_contained, draw
+from revcore.known import BATCH_NORMS, are_of_torch, draw, is_self_contained
 from revcore.snapshot import Snapshot, containers_of
 from revcore.turns import TURN
 
@@ -91,8 +91,8 @@ class Survey:
                 modules[:] = dict.fromkeys(modules)
         self.modules = modules
         self.name = type(branch).__name__
-        self.contained = are_self_contained(modules) and not has_global_hooks()
-        self.snapshot = Snapshot(modules, contained=self.contained)
+        self.contained = all(map(is_self_contained, modules))
+        self.snapshot = Snapshot(modules)
         self.norms: list[dict[str, Any]] = []
         self.buffers: list[tuple[Tensor, bool | None]] = []
         self.constants: list[Tensor] = []
@@ -181,15 +181,14 @@ class Group:
         self.branches = branches
         self.surveys = surveys = [Survey(branch) for branch in branches]
         self.modules = [module for survey in surveys for module in survey.modules]
-        contained = all(survey.contained for survey in surveys)
-        self.snapshot = Snapshot.join([each.snapshot for each in surveys], contained=contained)
+        self.snapshot = Snapshot.join([survey.snapshot for survey in surveys])
         self.tensors = [t for survey in surveys for t in [*survey.tensors, *survey.constants]]
         self.lasts = all(survey.lasts for survey in surveys)
         self.needed = needs_of(self.tensors)
         self._buffers = [tensor for survey in surveys for tensor, _ in survey.buffers]
         # A branch may change what another one of torch's own modules holds, if it is its own, too.
         shared = len({*map(id, self.modules)}) < len(self.modules)
-        if shared and not contained:
+        if shared and not all(survey.contained for survey in surveys):
             for survey in surveys:
                 survey.simple = survey.repeats_simply = False
 
