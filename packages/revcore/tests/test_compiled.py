@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import SCHEMES, Mixing, assert_same, gradients, make_case, traceable
+from cases import SCHEMES, Mixing, assert_same, gradients, make_case, mlp, traceable
 from torch import nn
 
 import revcore
@@ -194,6 +194,20 @@ def test_fixed_point_is_refused_and_its_branches_can_be_compiled():
     case = make_case("fixed-point", "mlp")
     with pytest.raises(Exception, match="fixed-point chain cannot be compiled as a whole"):
         compiled(case.chain)(case.x.clone().requires_grad_())
+
+
+def test_fixed_point_without_reversing(device):
+    # Float32 streams: float64 ones have so many digits that nothing overflows.
+    blocks = (revcore.ReversibleBlock(mlp(4, 4), coupling="fixed_point") for _ in range(3))
+    chain = revcore.ReversibleSequential(*blocks).to(device)
+    stored = revcore.set_reversing(copy.deepcopy(chain), False)
+    x = torch.randn(3, 8, device=device)
+    assert_same(gradients(compiled(stored), stored, x), gradients(chain, chain, x), 1e-5)
+    with torch.no_grad():
+        y = compiled(chain)(x)
+        assert torch.equal(y, chain(x))
+        assert torch.equal(compiled(chain.inverse)(y), torch.round(x * 2.0**16) / 2.0**16)
+        assert compiled(chain)(1e6 * x).isnan().all()
 
 
 class Flip(nn.Module):

@@ -23,6 +23,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from revcore.adding import AddingStep
 from revcore.arguments import takes_gradient
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
+from revcore.grid import GridWatch
 from revcore.half_step import HalfStep
 from revcore.known import BATCH_NORMS
 from revcore.randomness import RandomnessError, RefuseRandomness
@@ -70,15 +71,19 @@ def run_compiled(
     Raises:
         RuntimeError: If the steps cannot be traced.
     """
+    streams = tuple([x if x.is_contiguous() else x.clone() for x in streams])
+    if not reversing:
+        watch = GridWatch()
+        current = list(watch.enter(steps, streams))
+        for step in steps:
+            watch.apply(step, partial(step.call, **kwargs), current)
+        return watch.close(current)
     if any(step.grid is not None for step in steps):
         raise RuntimeError(
             "a fixed-point chain cannot be compiled as a whole: its forward pass and its "
             "repetition would be two graphs, which may round differently. Compile its branches, "
             "branch.compile()."
         )
-    streams = tuple([x if x.is_contiguous() else x.clone() for x in streams])
-    if not reversing:
-        return _forward(steps, (), streams, kwargs)[0]
     branches: list[_Branch] = []
     leaves: list[Tensor] = []
     for step in steps:

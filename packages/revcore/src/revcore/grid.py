@@ -8,7 +8,6 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,43 +29,19 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
 
 
 def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
-    """Computes `a + sign * to_grid(t, bits)` for `a` on the grid, in few passes over memory.
+    """Computes `a + sign * to_grid(t, bits)` for `a` on the grid.
 
     The gradient is that of `a + sign * t`.
     """
-    if torch.is_grad_enabled():
-        moved: Tensor = _Move.apply(a, t, bits, sign)
-        return moved
-    return _move(a, t, bits, sign)
-
-
-def _move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
+    old, by = a.detach(), t.detach()
     # A bfloat16 has the range of a float32, and whatever it is, the next integer is one, too.
-    t = t if t.dtype == torch.bfloat16 else t.to(a.dtype)
-    return torch.add(a, torch.mul(t, 2.0**bits).round_(), alpha=sign * 2.0**-bits)
-
-
-class _Move(torch.autograd.Function):
-    """`move`, whose gradient passes through the rounding."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
-        return _move(a, t, bits, sign)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, _output: Tensor) -> None:
-        ctx.sign, ctx.dtype = inputs[3], inputs[1].dtype
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], (ctx.sign * grads[0]).to(ctx.dtype), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        moved: Tensor = tangents[0] + ctx.sign * tangents[1]
+    by = by if by.dtype == torch.bfloat16 else by.to(a.dtype)
+    moved = torch.add(old, torch.mul(by, 2.0**bits).round_(), alpha=sign * 2.0**-bits)
+    if not torch.is_grad_enabled():
         return moved
+    # What is taken away is zero, with a gradient, and changes no bit, not even the sign of a zero.
+    plain = torch.add(a, t.to(a.dtype), alpha=sign)
+    return moved - (plain.detach() - plain)
 
 
 class GridWatch:
