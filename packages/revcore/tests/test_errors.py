@@ -117,7 +117,7 @@ def test_kept_input_changed_in_place():
     x = torch.randn(3, 8, dtype=torch.float64)
     y = chain(x)
     x.zero_()
-    with pytest.raises(RuntimeError, match="kept input of a reversible chain has been modified"):
+    with pytest.raises(RuntimeError, match=r"an input that .* keeps has been modified"):
         y.sum().backward()
 
 

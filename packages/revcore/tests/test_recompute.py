@@ -156,7 +156,7 @@ def test_changes_in_place_are_refused(device: torch.device) -> None:
     h = x * 1
     y = recompute(module, h)
     h.add_(1)
-    with pytest.raises(RuntimeError, match="input of a recomputed module has been modified"):
+    with pytest.raises(RuntimeError, match=r"an input that .* keeps has been modified"):
         y.sum().backward()
     y = recompute(module, x)
     with torch.no_grad():

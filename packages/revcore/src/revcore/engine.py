@@ -25,7 +25,7 @@ from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.replay import Replay, Seen, run_branch
 from revcore.step import Step
-from revcore.streams import Streams
+from revcore.streams import Streams, dense
 from revcore.survey import Group, Groups
 from revcore.tape import Tape
 from revcore.versions import versions
@@ -114,22 +114,25 @@ class _StepsNode(torch.autograd.Function):
                 step.apply(replay.first_run, streams)
             else:
                 call.watch.apply(step, replay.first_run, streams)
-            if not step.repeats and replay.end() and index not in tape.anchors:
+            if not step.repeats and index not in tape.anchors and replay.end():
                 tape.keep(index, before)
                 _warn_of_a_kept_input(step)
             del before  # or the first one is alive until the last
         return (*[streams[index] for index in changed], *streams[count:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a reversible chain cannot be differentiated twice (create_graph=True). Store the "
-                "activations where you need second derivatives: "
-                "revcore.set_reversing(model, False)."
+                "a reversible chain cannot be differentiated twice (create_graph=True), nor can a "
+                "recomputed module. Where you need second derivatives store the activations, "
+                "revcore.set_reversing(model, False), and call the module itself."
             )
         if torch.is_inference_mode_enabled():
-            return outside_inference(_StepsNode.backward, ctx, *grads)
+            # In it no graph can be made again.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                copies: Any = (None if grad is None else grad.clone() for grad in grads)
+                return _StepsNode.backward(ctx, *copies)
         tape, steps, count, changed = ctx.visit
         every: list[Tensor | None] = [None] * count
         for index, grad in zip(changed, grads):  # noqa: B905 - log-determinants may follow
@@ -138,14 +141,6 @@ class _StepsNode(torch.autograd.Function):
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         found = tape.differentiate(steps, every, retain=retain)
         return (None, None, None, None, *every, *found)
-
-
-def outside_inference(
-    backward: Callable[..., tuple[Tensor | None, ...]], ctx: Any, *grads: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Differentiates outside of inference mode, in which no graph can be made again."""
-    with torch.inference_mode(mode=False), torch.no_grad():
-        return backward(ctx, *(None if grad is None else grad.clone() for grad in grads))
 
 
 def _warn_of_a_kept_input(step: Step) -> None:
@@ -168,16 +163,19 @@ def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> S
     call = thread.call
     if call is None:
         call = Call()
-        return call.watch.close(_run(call, steps, streams, kwargs))
+        return call.watch.close(run_in(call, steps, streams, kwargs))
     if call.tape is None:
-        return _run(call, steps, streams, kwargs)
+        return run_in(call, steps, streams, kwargs)
     call.check(streams)
-    streams = _run(call, steps, streams, kwargs)
+    streams = run_in(call, steps, streams, kwargs)
     call.expect(streams)
     return streams
 
 
-def _run(call: Call, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
+def run_in(
+    call: Call, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]
+) -> Streams:
+    """Runs steps as a part of a call."""
     if call.measures:
         steps = [step.measured() for step in steps]
     current = [x if x.is_contiguous() else dense(x) for x in call.watch.enter(steps, streams)]
@@ -274,20 +272,6 @@ def can_reverse() -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
     )
-
-
-def dense(x: Tensor) -> Tensor:
-    """Returns `x`, copied if it is a view with gaps, in the same order of dimensions.
-
-    The halves of a split tensor have gaps, and kernels may give other bits for other strides. A
-    reconstructed stream has none, so the branch must never see any.
-    """
-    # Images in channels_last are the usual case, and asking for that takes a quarter of the time.
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    if torch.ops.aten.is_non_overlapping_and_dense(x):
-        return x
-    return x.clone()
 
 
 def _same_data(a: Tensor, b: Tensor) -> bool:

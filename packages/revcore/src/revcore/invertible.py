@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, log_det_of
+from revcore.streams import dense
 
 
 class InvertibleStep(Step):
@@ -24,7 +25,7 @@ class InvertibleStep(Step):
     did, so where that has drawn numbers or changed buffers the engine keeps its input.
 
     Args:
-        module: Has `inverse(y)`, which gives `x` for `y = module(x)`.
+        module: Has `inverse(y)`, which gives `x` for `y = module(x)`, unless its input is kept.
         count: The number of streams.
         split_dim: Dimension along which they are joined.
         inverted: Whether this is the update (False) or the way back (True).
@@ -41,7 +42,7 @@ class InvertibleStep(Step):
         self.inputs = self.writes = tuple(range(count))
         self.split_dim = split_dim
         self.inverted = inverted
-        directions: tuple[Any, Any] = (module, self.branch.inverse)
+        directions: tuple[Any, Any] = (module, getattr(module, "inverse", None))
         self.call, self._back = reversed(directions) if inverted else directions
 
     def inverse(self) -> InvertibleStep:
@@ -120,7 +121,7 @@ class InvertibleStep(Step):
 
     def _split(self, x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(like) == 1:
-            return (x.contiguous(),)
+            return (dense(x),)
         sizes = [stream.shape[self.split_dim] for stream in like]
         before, after = sum(sizes), x.shape[self.split_dim]
         if any(size * after % before for size in sizes):

@@ -8,43 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from revcore.arguments import tensors_of
-from revcore.engine import can_reverse, outside_inference
-from revcore.replay import Replay, Seen
-from revcore.survey import Group
-from revcore.tape import Saved
-
-_SECOND_TIME = (
-    "Trying to backward through a recomputed module a second time, after its input has been freed. "
-    "Specify retain_graph=True in the first backward pass."
-)
-
-
-class _RecomputeNode(torch.autograd.Function):
-    """Runs a module without a graph; the backward pass runs it again with one."""
-
-    @staticmethod
-    def forward(ctx: Any, replay: Replay, x: Tensor, *_leaves: Tensor) -> Tensor:
-        ctx.replay = replay
-        ctx.saved = Saved([x], "the input of a recomputed module")
-        return replay.first_run(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a recomputed module cannot be differentiated twice (create_graph=True). Call it "
-                "without revcore.recompute where you need second derivatives."
-            )
-        if torch.is_inference_mode_enabled():
-            return outside_inference(_RecomputeNode.backward, ctx, grad)
-        if ctx.saved is None:
-            raise RuntimeError(_SECOND_TIME)
-        (x,) = ctx.saved.get()
-        _, pull = ctx.replay.record(x)
-        found = pull(grad)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.saved = ctx.replay = None
-        return (None, *found)
+from revcore.engine import Call, can_reverse, run_in
+from revcore.invertible import InvertibleStep
+from revcore.tape import Tape
 
 
 def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
@@ -84,13 +50,14 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be one tensor, got {type(x).__name__}; pass others by keyword")
-    if not torch.compiler.is_compiling() and can_reverse():
-        group = Group([module])
-        seen = Seen(group, kwargs, tensors_of(kwargs))
-        replay = Replay(module, group.surveys[0], seen)
-        replay.needs_x = x.requires_grad
-        if replay.needs_x or replay.leaves:
-            node: Tensor = _RecomputeNode.apply(replay, x, *replay.leaves)
-            return node
-    y: Tensor = module(x, **kwargs)
+    if torch.compiler.is_compiling() or not can_reverse():
+        plain: Tensor = module(x, **kwargs)
+        return plain
+    # A chain of one step whose input is kept, so that the step need not be undone.
+    tape = Tape()
+    tape.drift = None
+    for index in (0, 1):  # nor is anything done with what it gives
+        tape.keep(index, (x,))
+    call = Call(tape, given=tensors_of(kwargs))
+    (y,) = run_in(call, [InvertibleStep(module, 1, 0)], (x,), kwargs)
     return y

@@ -67,6 +67,20 @@ def join(x: Sequence[Tensor], streams: Streams, split_dim: int) -> Tensor | Stre
     return streams[0] if len(streams) == 1 else torch.cat(streams, split_dim)
 
 
+def dense(x: Tensor) -> Tensor:
+    """Returns `x`, copied if it is a view with gaps, in the same order of dimensions.
+
+    The halves of a split tensor have gaps, and kernels may give other bits for other strides. A
+    reconstructed stream has none, so the branch must never see any.
+    """
+    # Images in channels_last are the usual case, and asking for that takes a quarter of the time.
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    if torch.ops.aten.is_non_overlapping_and_dense(x):
+        return x
+    return x.clone()
+
+
 def as_streams(y: Any) -> Streams:
     """Returns a tuple of what a module returned, a tensor or a tuple of them."""
     return y if isinstance(y, tuple) else (y,)

@@ -21,8 +21,8 @@ from revcore.streams import Streams
 from revcore.versions import versions
 
 _SECOND_TIME = (
-    "Trying to backward through a reversible chain a second time, after its saved outputs have "
-    "been freed. Specify retain_graph=True in the first backward pass."
+    "Trying to backward through a reversible chain or a recomputed module a second time, after "
+    "what it kept has been freed. Specify retain_graph=True in the first backward pass."
 )
 
 
@@ -70,7 +70,9 @@ class Tape:
 
     def keep(self, index: int, streams: Streams) -> None:
         """Keeps the streams as they stood before step `index`, to restart from exactly."""
-        self.anchors[index] = Saved(streams, "a kept input of a reversible chain")
+        self.anchors[index] = Saved(
+            streams, "an input that a reversible chain or revcore.recompute keeps"
+        )
 
     def seal(self, outputs: Sequence[Tensor], *, overlap: bool) -> None:
         """Ends the recording.
