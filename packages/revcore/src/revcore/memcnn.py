@@ -235,21 +235,12 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
                 "keyword, or set disable=True"
             )
         packed = _Packed(self._fn, x, inverted=inverted)
-        keep_input = self._keeps(inverted=inverted)
-        anchor = revcore.ReversibleBlock(packed, packed, _Nothing, -1, keep_input)
-        chain = revcore.ReversibleSequential(anchor, packed, split_dim=-1)
-        chain.reversing = self.reversing
-        y = _unpack(chain(_pack(x), **kwargs), packed.after)
+        if self._keeps(inverted=inverted):
+            joined = revcore.recompute(packed, _pack(x), **kwargs)
+        else:
+            joined = revcore.ReversibleSequential(packed, split_dim=-1)(_pack(x), **kwargs)
+        y = _unpack(joined, packed.after)
         return y[0] if len(y) == 1 else y
-
-
-class _Nothing(revcore.AdditiveCoupling):
-    """No half-step at all, in a block that may keep its input for what follows it."""
-
-    streams = 1
-
-    def half_steps(self) -> tuple[()]:
-        return ()
 
 
 class _Packed(nn.Module):
