@@ -230,9 +230,14 @@ def test_any_module_with_an_inverse(device):
 @pytest.mark.parametrize("hooked", ["1", "1.coupling"])
 def test_a_hook_on_a_block_is_refused(hooked):
     case = make_case("additive", "mlp")
-    case.chain.get_submodule(hooked).register_forward_hook(lambda *_: None)
-    with pytest.raises(Exception, match="has a forward hook"):
-        compiled(case.chain)(case.x.clone().requires_grad_())
+    block = case.chain.get_submodule(hooked)
+    for register in (block.register_forward_hook, block.register_full_backward_hook):
+        hook = register(lambda *_: None)
+        with pytest.raises(Exception, match="has a hook, or a forward or inverse of its own"):
+            compiled(case.chain)(case.x.clone().requires_grad_())
+        hook.remove()
+        torch.compiler.reset()
+    compiled(case.chain)(case.x.clone().requires_grad_())
 
 
 class Masked(nn.Module):
@@ -365,10 +370,22 @@ class OwnForward(revcore.AdditiveCoupling):
         return super().forward(*x, **kwargs)
 
 
-def test_a_coupling_with_a_forward_of_its_own_is_refused():
-    block = revcore.ReversibleBlock(nn.Linear(4, 4), coupling=OwnForward)
-    with pytest.raises(Exception, match="has a forward or inverse of its own"):
-        compiled(block)(torch.randn(3, 8, requires_grad=True))
+class OwnBlock(revcore.ReversibleBlock):
+    def forward(self, *x, **kwargs):
+        return super().forward(*x, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: revcore.ReversibleBlock(nn.Linear(4, 4), coupling=OwnForward),
+        lambda: revcore.ReversibleSequential(OwnBlock(nn.Linear(4, 4))),
+    ],
+    ids=["of a coupling", "of a block"],
+)
+def test_a_forward_of_its_own_is_refused(make):
+    with pytest.raises(Exception, match="has a hook, or a forward or inverse of its own"):
+        compiled(make())(torch.randn(3, 8, requires_grad=True))
 
 
 def test_transforms_inside_of_what_is_compiled_run_stored():

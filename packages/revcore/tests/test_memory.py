@@ -41,8 +41,8 @@ def test_memory_is_constant_in_depth(scheme, device):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_blocks_that_share_a_node_hold_gradients_a_little_longer(scheme, device, monkeypatch):
-    monkeypatch.setattr("revcore.sequential._TINY", 2**14)
-    monkeypatch.setattr("revcore.sequential._STEPS_AT_ONCE", 16)
+    monkeypatch.setattr("revcore.parts._TINY", 2**14)
+    monkeypatch.setattr("revcore.parts._STEPS_AT_ONCE", 16)
     x = wide_input(device)
     chain = chain_of_depth(64, scheme, device)
     after_forward, shallow = activations(chain_of_depth(2, scheme, device), x)

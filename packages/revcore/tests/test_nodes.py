@@ -16,7 +16,7 @@ import revcore
 @pytest.fixture(autouse=True)
 def few_steps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short chains have several nodes, too."""
-    monkeypatch.setattr("revcore.sequential._STEPS_AT_ONCE", 16)
+    monkeypatch.setattr("revcore.parts._STEPS_AT_ONCE", 16)
 
 
 def nodes_of(y: Tensor) -> int:
@@ -59,11 +59,22 @@ def replace_the_forward(chain: nn.Sequential) -> None:
 
 
 class Block(revcore.ReversibleBlock):
-    """May do something else in its forward pass."""
+    """Does something else in its forward pass."""
+
+    def forward(self, *x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return super().forward(*x)
 
 
 def subclass(chain: nn.Sequential) -> None:
     chain[4].__class__ = Block
+
+
+class Same(revcore.ReversibleBlock):
+    """Does nothing else."""
+
+
+def subclass_that_changes_nothing(chain: nn.Sequential) -> None:
+    chain[4].__class__ = Same
 
 
 class Coupling(revcore.AdditiveCoupling):
@@ -91,6 +102,7 @@ def use_a_coupling_of_another_class(chain: nn.Sequential) -> None:
         (hook_backward, 5),
         (replace_the_forward, 5),
         (subclass, 5),
+        (subclass_that_changes_nothing, 3),
         (use_couplings, 3),
         (use_a_coupling_of_another_class, 4),
     ],

@@ -6,17 +6,18 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
 from revcore.coupling import Coupling
-from revcore.engine import Call, run
 from revcore.fixed_point import FixedPointCoupling
-from revcore.hooks import has_hooks
+from revcore.hooks import has_global_hooks, has_hooks
+from revcore.invertible import InvertibleStep
+from revcore.parts import Part
 from revcore.reversible import Reversible
-from revcore.step import Step
-from revcore.streams import Streams, as_dim, as_streams
+from revcore.streams import as_dim
 
 _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "additive": AdditiveCoupling,
@@ -102,20 +103,9 @@ class ReversibleBlock(Reversible):
         """How many streams a single input tensor is split in."""
         return self.coupling.streams
 
-    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
-        refuse_hidden_code(self.coupling)
-        steps = self.coupling._steps(inverted=inverted)
-        return list(steps), [0] if self._keeps(inverted=inverted) else []
-
-    def _run(
-        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
-    ) -> Streams:
-        coupling = self.coupling
-        if self._keeps(inverted=inverted):
-            call.keep(streams)
-        if coupling_of(coupling) is None:
-            return as_streams((coupling.inverse if inverted else coupling)(*streams, **kwargs))
-        return run(coupling._steps(inverted=inverted), streams, kwargs)
+    def _parts(self, count: int, *, inverted: bool) -> list[Part]:
+        kept = self._keeps(inverted=inverted)
+        return parts_of(self.coupling, count, self.split_dim, inverted=inverted, kept=kept)
 
     def _keeps(self, *, inverted: bool) -> bool:
         return self.keep_input_inverse if inverted else self.keep_input
@@ -127,30 +117,35 @@ class ReversibleBlock(Reversible):
         )
 
 
-def coupling_of(block: nn.Module) -> Coupling | None:
-    """Returns the coupling of a block that nobody would see being called, else None."""
-    # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
-    if block._compiled_call_impl is not None or "forward" in vars(block) or has_hooks(block):
-        return None
+def parts_of(
+    block: Any, count: int, split_dim: int, *, inverted: bool, kept: bool = False
+) -> list[Part]:
+    """Lists how a block of a chain runs: a chain or block, a coupling, or any other module.
+
+    Args:
+        block: The block.
+        count: The number of streams.
+        split_dim: Dimension along which they are joined for a module that knows nothing of them.
+        inverted: Whether this is the way back.
+        kept: Whether the input is kept.
+    """
+    if isinstance(block, Reversible):
+        watched = _is_watched(block, Reversible)
+        return [Part(block, None)] if watched else block._parts(count, inverted=inverted)
+    if isinstance(block, Coupling):
+        watched = _is_watched(block, Coupling)
+        return [Part(block, None if watched else block._steps(inverted=inverted), kept)]
+    return [Part(block, [InvertibleStep(block, count, split_dim, inverted=inverted)], kept)]
+
+
+def _is_watched(block: nn.Module, usual: Any) -> bool:
+    """Tells whether calling a block does more than to run its steps, as the usual class does."""
     kind: Any = type(block)
-    if kind is ReversibleBlock:
-        return coupling_of(block._modules["coupling"])  # type: ignore[arg-type]
-    return block if isinstance(block, Coupling) and _has_usual_ways(kind) else None
-
-
-def _has_usual_ways(kind: type[Coupling]) -> bool:
-    return kind.forward is Coupling.forward and kind.inverse is Coupling.inverse
-
-
-def refuse_hidden_code(module: nn.Module) -> None:
-    """Raises if a module does more than a compiled chain, which runs its steps alone, would see."""
-    if isinstance(module, Coupling) and not _has_usual_ways(type(module)):
-        raise RuntimeError(
-            f"{type(module).__name__} has a forward or inverse of its own, which does not run in a "
-            "compiled chain: let it list half_steps instead, or compile its branches"
-        )
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise RuntimeError(
-            f"{type(module).__name__} has a forward hook, which does not run in a compiled chain: "
-            "remove it, or hook a branch or the chain"
-        )
+    if not (kind.forward is usual.forward and kind.inverse is usual.inverse):
+        return True
+    if torch.compiler.is_compiling():
+        hooks = (block._forward_hooks, block._forward_pre_hooks)
+        return any(len(each) > 0 for each in (*hooks, block._backward_hooks))
+    # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
+    replaced = block._compiled_call_impl is not None or "forward" in vars(block)
+    return replaced or has_hooks(block) or has_global_hooks()

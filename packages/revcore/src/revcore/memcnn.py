@@ -22,9 +22,7 @@ from torch import Size, Tensor, nn
 import revcore
 from revcore.arguments import takes_gradient
 from revcore.check import duplicate
-from revcore.engine import Call, run, thread
-from revcore.invertible import InvertibleStep
-from revcore.step import Step
+from revcore.engine import thread
 from revcore.streams import Streams, as_streams
 
 __all__ = [
@@ -203,23 +201,6 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
     def streams(self) -> int:
         """How many streams a single input tensor is split in."""
         return self._fn.streams if isinstance(self._fn, revcore.Coupling) else 1
-
-    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
-        fn: Any = self._fn
-        if isinstance(fn, revcore.Coupling):
-            return super()._plan(count, inverted=inverted)
-        step = InvertibleStep(fn, count, self.split_dim, inverted=inverted)
-        return [step], [0] if self._keeps(inverted=inverted) else []
-
-    def _run(
-        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
-    ) -> Streams:
-        if isinstance(self._fn, revcore.Coupling):
-            return super()._run(call, streams, kwargs, inverted=inverted)
-        steps, kept = self._plan(len(streams), inverted=inverted)
-        if kept:
-            call.keep(streams)
-        return run(steps, streams, kwargs)
 
     def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
         # In a chain it is a step as any module with an inverse.

@@ -15,6 +15,7 @@ from revcore.arguments import tensors_of
 from revcore.compiled import WAYS, Kind, find_fault, run_compiled
 from revcore.engine import Call, can_reverse, thread
 from revcore.known import are_of_torch, draw
+from revcore.parts import Part, run_parts
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 from revcore.survey import Groups
@@ -84,14 +85,28 @@ class Reversible(nn.Module):
         """How many streams a single input tensor is split in."""
 
     @abstractmethod
-    def _run(
-        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
-    ) -> Streams:
-        """Runs all steps, or undoes them, by the eager engine, as a part of a call."""
+    def _parts(self, count: int, *, inverted: bool) -> list[Part]:
+        """Lists what runs, for so many streams."""
 
-    @abstractmethod
     def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
-        """Lists the steps for so many streams, and the numbers of those whose input is kept."""
+        """Lists the steps for so many streams, and the numbers of those whose input is kept.
+
+        Raises:
+            RuntimeError: If a block does more than its steps, which are all that is compiled.
+        """
+        steps: list[Step] = []
+        kept: list[int] = []
+        for part in self._parts(count, inverted=inverted):
+            hooked = part.module._forward_hooks or part.module._forward_pre_hooks
+            if part.steps is None or hooked:
+                raise RuntimeError(
+                    f"{type(part.module).__name__} has a hook, or a forward or inverse of its own, "
+                    "which does not run in a compiled chain: hook a branch or the chain instead, "
+                    "let a coupling list half_steps, or compile the branches alone"
+                )
+            kept += [len(steps)] if part.kept else []
+            steps += part.steps
+        return steps, kept
 
     def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
         if torch.compiler.is_compiling():
@@ -113,6 +128,12 @@ class Reversible(nn.Module):
             return self._run(call, x, kwargs, inverted=inverted)
         finally:
             call.apart = apart
+
+    def _run(
+        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
+    ) -> Streams:
+        parts = self._parts(len(streams), inverted=inverted)
+        return run_parts(call, parts, streams, kwargs, inverted=inverted)
 
     def _alone(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from operator import attrgetter
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-from revcore.block import coupling_of, refuse_hidden_code
+from revcore.block import parts_of
 from revcore.coupling import Coupling
-from revcore.engine import Call, run
-from revcore.hooks import has_global_hooks
-from revcore.invertible import InvertibleStep
+from revcore.parts import Part
 from revcore.reversible import Reversible
-from revcore.step import Step
-from revcore.streams import Streams, as_dim, as_streams
+from revcore.streams import as_dim
 
 _OURS = (Reversible, Coupling)
-
-# A node of autograd takes some ten microseconds, which show where there is little to compute, so
-# several blocks share one. It holds the gradients of its streams and parameters until it is done,
-# which would show if there were many.
-_STEPS_AT_ONCE = 64
-_SMALL = 2**23  # bytes of all streams
-_TINY = 2**10  # bytes of a block's parameters
-
-_nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
-_requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
 
 class ReversibleSequential(Reversible, nn.Sequential):
@@ -135,51 +120,12 @@ class ReversibleSequential(Reversible, nn.Sequential):
         # A list, because older Dynamos cannot trace max(..., default=1).
         return max([1, *[block.streams for block in self if isinstance(block, _OURS)]])
 
-    def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
-        steps: list[Step] = []
-        kept: list[int] = []
-        for block in reversed(list(self)) if inverted else self:
-            refuse_hidden_code(block)
-            own_kept: list[int] = []
-            if isinstance(block, Reversible):
-                own, own_kept = block._plan(count, inverted=inverted)
-            elif isinstance(block, Coupling):
-                own = list(block._steps(inverted=inverted))
-            else:
-                own = [InvertibleStep(block, count, self.split_dim, inverted=inverted)]
-            kept += [len(steps) + number for number in own_kept]
-            steps += own
-        return steps, kept
-
-    def _run(
-        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
-    ) -> Streams:
-        blocks: list[Any] = list(self)[:: -1 if inverted else 1]
-        # A shared node holds one gradient of each argument for each of its steps, too.
-        small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, call.given))
-        hooked = has_global_hooks()
-        steps: list[Step] = []
-        for block in blocks:
-            coupling = None if hooked else coupling_of(block)
-            kept = coupling not in (None, block) and block._keeps(inverted=inverted)
-            # With a node of its own for the last block, the peak is the same at any depth: only
-            # the first gradients may take no memory, as those of a sum.
-            shares = (
-                coupling is not None and small and block is not blocks[-1] and _is_tiny(coupling)
-            )
-            if steps and (kept or not shares or len(steps) >= _STEPS_AT_ONCE):
-                streams, steps = run(steps, streams, kwargs), []
-            if kept:
-                call.keep(streams)
-            if coupling is not None:
-                steps += coupling._steps(inverted=inverted)
-            elif isinstance(block, _OURS):
-                streams = as_streams((block.inverse if inverted else block)(*streams, **kwargs))
-            else:
-                steps = [InvertibleStep(block, len(streams), self.split_dim, inverted=inverted)]
-            if steps and not shares:
-                streams, steps = run(steps, streams, kwargs), []
-        return streams
+    def _parts(self, count: int, *, inverted: bool) -> list[Part]:
+        return [
+            part
+            for block in list(self)[:: -1 if inverted else 1]
+            for part in parts_of(block, count, self.split_dim, inverted=inverted)
+        ]
 
     def extra_repr(self) -> str:
         kept = sum(bool(getattr(block, "keep_input", False)) for block in self)
@@ -188,14 +134,3 @@ class ReversibleSequential(Reversible, nn.Sequential):
             f"split_dim={self.split_dim}, reversing={self.reversing}, blocks={len(self)}, "
             f"stores={stores!r}"
         )
-
-
-def _is_tiny(coupling: Coupling) -> bool:
-    known: bool | None = coupling.__dict__.get("_tiny")
-    if known is None:
-        parameters = list(coupling.parameters())
-        if any(map(is_lazy, parameters)):
-            return False
-        # Not looked at again: if it grows, some memory is held a little longer.
-        known = coupling.__dict__["_tiny"] = sum(map(_nbytes, parameters)) <= _TINY
-    return known
