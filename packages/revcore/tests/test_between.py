@@ -186,20 +186,17 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("evaluate", [False, True])
-def test_torchs_checkpoint_around_a_batch_norm(evaluate, device):
+def test_torchs_checkpoint_around_a_batch_norm(device):
     nets = [chain_with(Checkpointed, device) for _ in range(2)]
     for net, reversing in zip(nets, (True, False), strict=True):
         revcore.set_reversing(net, reversing)
         torch.manual_seed(3)
-        loss = loss_of(net(inputs(device)))
-        if evaluate and reversing:  # torch's own finds another computation then
-            net.eval()
-        loss.backward()
-    # A batch norm that checkpoint repeats counts that step, too, where activations are stored.
+        loss_of(net(inputs(device))).backward()
     for parameters in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(*(parameter.grad for parameter in parameters))
-    assert {int(b) for n, b in nets[0].named_buffers() if n.endswith("tracked")} == {1}
+    # A batch norm that checkpoint repeats counts that step, too, reversed or stored.
+    for buffers in zip(*(net.buffers() for net in nets), strict=True):
+        torch.testing.assert_close(*buffers)
 
 
 def test_quantization_aware_training():

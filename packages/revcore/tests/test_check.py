@@ -1,6 +1,7 @@
 """`check_invertible` finds what is wrong, names the first bad block, and leaves no trace."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -250,3 +251,12 @@ def test_any_error_of_an_inverse_is_reported():
 
     report = revcore.check_invertible(Wrong(), torch.ones(2, 8))
     assert "KeyError" in report.first_bad.problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fixed_point_chain_is_compared_with_what_it_rounds_to(dtype):
+    coupling = partial(revcore.FixedPointCoupling, fraction_bits=8)
+    chain = ReversibleSequential(*(ReversibleBlock(linear(), coupling=coupling) for _ in range(2)))
+    report = check_invertible(chain.to(dtype), torch.randn(3, 8, dtype=dtype))
+    assert report
+    assert {block.inverse_error for block in report.blocks} == {0.0}

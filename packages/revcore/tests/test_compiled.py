@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import SCHEMES, Mixing, assert_same, gradients, make_case, mlp, traceable
 from torch import nn
 
@@ -539,3 +540,91 @@ def test_branches_of_torchs_modules_have_one_graph_for_all_sizes(device):
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for size in range(2, 14):  # more than torch compiles
         compiled(torch.randn(size, 8, device=device)).sum().backward()
+
+
+class InPlace(nn.Module):
+    """Changes what a chain gives, or what it was given, in the same compiled code."""
+
+    def __init__(self, how):
+        super().__init__()
+        blocks = (revcore.ReversibleBlock(mlp(4, 4)) for _ in range(3))
+        self.chain, self.how, self.copies = revcore.ReversibleSequential(*blocks), how, False
+
+    def forward(self, x):
+        if self.how == "one tensor":
+            return self.chain(x).mul_(2)
+        if self.how == "inverse":
+            a, b = self.chain.inverse(*x.chunk(2, 1))
+        else:
+            a, b = self.chain(*x.chunk(2, 1))
+        if self.copies:
+            a, b = a.clone(), b.clone()
+        return torch.cat((a.mul_(2), F.relu(b, inplace=True)), 1)
+
+
+@pytest.mark.parametrize("how", ["one tensor", "streams", "inverse"])
+def test_changes_in_place_of_what_a_chain_gives(how, device):
+    net = InPlace(how).double().to(device)
+    twin = revcore.set_reversing(copy.deepcopy(net), False)
+    twin.copies = True
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+    assert_same(gradients(compiled(net), net, x), gradients(twin, twin, x))
+
+
+class Leveled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.levels = nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x, *, function):
+        return self.linear(x).tanh() * function * self.levels
+
+
+def test_an_argument_that_changes_after_the_call(device):
+    """Also: its name is one that the engine uses, and a parameter is an integer."""
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Leveled())).double().to(device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    scale = torch.rand(6, 4, dtype=torch.float64, device=device)
+
+    def run(net):
+        def forward(x):
+            own = scale.clone()
+            y = net(x, function=own)
+            if net is chain:
+                own *= 2
+            return y
+
+        return forward
+
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+    assert_same(gradients(compiled(run(chain)), chain, x), gradients(run(twin), twin, x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x, times=1):
+        return super().forward(x) * times
+
+
+class Doubling(revcore.ReversibleBlock):
+    """Gives its branches an argument of its own."""
+
+    def forward(self, *x):
+        return super().forward(*x, times=2)
+
+    def inverse(self, *y):
+        return super().inverse(*y, times=2)
+
+
+def test_blocks_with_a_forward_of_their_own_where_nothing_is_reversed(device):
+    blocks = (Doubling(Doubled(4, 4)), revcore.ReversibleBlock(nn.Linear(4, 4)))
+    chain = revcore.ReversibleSequential(*blocks).double().to(device)
+    x = torch.randn(6, 8, dtype=torch.float64, device=device)
+    y = chain(x)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(chain)(x), y)
+        torch.testing.assert_close(compiled(chain.inverse)(y), x)
+        torch.testing.assert_close(torch.export.export(chain, (x,)).module()(x), y)
+    revcore.set_reversing(chain, False)
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled(chain)(x), y)

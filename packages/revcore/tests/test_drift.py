@@ -61,3 +61,20 @@ def test_nothing_measured_is_an_error():
         revcore.set_reversing(copy.deepcopy(chain), False)
     with pytest.raises(ValueError, match="no reversible chain ran forward and backward"):
         drift.worst(chain)
+
+
+def test_complex_streams(device):
+    """Their imaginary parts count, too."""
+
+    class Far(revcore.Coupling):
+        def combine(self, a, t):
+            return a + t
+
+        def uncombine(self, a, t):
+            return a - t + 0.1j
+
+    chain = revcore.ReversibleSequential(Far(nn.Identity(), nn.Identity())).to(device)
+    with revcore.track_drift() as drift:
+        x = torch.ones(2, 2, dtype=torch.complex64, device=device, requires_grad=True)
+        chain(x).abs().sum().backward()
+    assert drift.worst(chain).error > 0.03

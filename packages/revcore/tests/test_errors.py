@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import make_case
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import revcore
 
@@ -230,6 +231,54 @@ def test_a_chain_takes_no_other_blocks_later(put):
     for other in (longer, chain * 3, 3 * chain):
         assert type(other) is revcore.ReversibleSequential
         assert (len(other), other.split_dim, len(chain)) == (3, -1, 1)
+
+
+def test_what_a_chain_takes_as_an_attribute():
+    chain = revcore.ReversibleSequential(block())
+    with pytest.raises(TypeError, match="block norm is a LayerNorm, which cannot be reversed"):
+        chain.norm = nn.LayerNorm(8)
+    chain.more = block()
+    assert len(chain) == 2
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_a_wrapped_block_that_splits_along_another_dimension(wrap):
+    with pytest.raises(
+        ValueError, match="splits along split_dim=1 and the chain along split_dim=-1"
+    ):
+        revcore.ReversibleSequential(wrap(block()), split_dim=-1)
+    inner = revcore.ReversibleBlock(nn.Linear(4, 4), split_dim=-1)
+    chain = revcore.ReversibleSequential(wrap(inner), split_dim=-1)
+    assert chain(torch.zeros(3, 2, 8)).shape == (3, 2, 8)
+
+
+class Normalized(nn.Module):
+    """Has batch statistics on the one way and running ones on the other, as flows do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        if not self.training:
+            return x - self.mean
+        mean = x.mean(0)
+        self.mean.lerp_(mean.detach(), 0.1)
+        return x - mean
+
+    def inverse(self, y):
+        return y + self.mean
+
+
+def test_a_way_back_that_changes_buffers_alone():
+    chain = revcore.ReversibleSequential(block(), Normalized(), block())
+    y = torch.randn(5, 8, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match="buffer 'mean' of Normalized is changed by the way back"
+    ):
+        chain.inverse(y).sum().backward()
+    assert (chain[1].mean == 0).all()
+    chain.eval().inverse(y).sum().backward()
 
 
 def test_lazy_buffers():

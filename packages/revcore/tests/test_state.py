@@ -254,6 +254,141 @@ def test_large_buffers(changes, x):
         torch.testing.assert_close(ours, stored)
 
 
+class Halving(nn.Module):
+    """Changes a buffer of any size uncounted, as F.batch_norm does."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.ones(size))
+
+    def forward(self, x):
+        y = self.linear(x) * self.mean[0]
+        self.mean.data.mul_(0.5)
+        return y
+
+
+@pytest.mark.parametrize("size", [4, 2**14])
+def test_buffers_that_change_uncounted(size, x):
+    assert_as_stored(lambda: chain_of_branches(Halving(size)), x, steps=3)
+
+
+@pytest.mark.parametrize("depth", [4, 16])
+def test_a_mask_that_branches_share_is_kept_once(depth, device):
+    class Masked(nn.Module):
+        def __init__(self, mask):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("mask", mask)
+
+        def forward(self, x):
+            return self.linear(x) * self.mask[0, :4]
+
+    mask = torch.ones(64, 64)
+    blocks = (revcore.ReversibleBlock(Masked(mask), Masked(mask)) for _ in range(depth))
+    chain = revcore.ReversibleSequential(*blocks).to(device)
+    x = torch.randn(6, 8, device=device, requires_grad=True)
+    chain(x).sum().backward()
+    with revcore.track_memory() as memory:
+        y = chain(x)
+    assert memory.live_bytes <= y.nbytes + 512
+
+
+class Graph(nn.Module):
+    """Has a sparse buffer, as nets of graphs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("adjacency", torch.eye(6).roll(1, 0).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.adjacency, self.linear(x))
+
+
+def test_sparse_buffers(x):
+    def take(net, x):
+        found = step_of(net, x)
+        for module in net.modules():
+            module._buffers.clear()
+        return found
+
+    chain = assert_as_stored(lambda: chain_of_branches(Graph()), x, take, steps=1)
+    assert len(list(chain.buffers())) == 0
+
+
+class Permuted(nn.Module):
+    """Has buffers that are hard to compare."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(8).roll(1, 0))
+        self.register_buffer("unknown", torch.full((3,), torch.nan))
+
+    def forward(self, x):
+        return x @ self.matrix
+
+    def inverse(self, y):
+        return y @ self.matrix.T
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_invertible_module_that_leaves_buffers_alone_keeps_nothing(x):
+    chain = revcore.ReversibleSequential(Permuted(), revcore.ReversibleBlock(nn.Linear(4, 4)))
+    step_of(chain.double().to(x.device), x)
+
+
+class Frozen(nn.Module):
+    """Changes a parameter that takes no gradient, in three ways of published code."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+        self.u = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x):
+        if self.how == "counted":
+            self.u.mul_(0.5)
+        elif self.how == "uncounted":
+            self.u.data.mul_(0.5)
+        else:
+            self.u.data = self.u.data * 0.5
+        return self.linear(x) * self.u
+
+
+@pytest.mark.parametrize("how", ["counted", "uncounted", "other data"])
+def test_frozen_parameters_that_a_branch_changes(how, x):
+    chain = assert_as_stored(lambda: chain_of_branches(Frozen(how)), x, steps=3)
+    assert chain[0].coupling.f.u[0] == 0.125
+
+
+class SpectralNorm(nn.Module):
+    """Normalizes a weight by vectors that it registers on the layer inside, as of 2018."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        weight = layer.weight
+        del layer._parameters["weight"]
+        layer.register_parameter("weight_bar", nn.Parameter(weight.data))
+        for name, size in zip("uv", weight.shape, strict=True):
+            vector = F.normalize(torch.randn(size), dim=0)
+            layer.register_parameter(f"weight_{name}", nn.Parameter(vector, requires_grad=False))
+
+    def forward(self, x):
+        layer = self.layer
+        u, v, weight = layer.weight_u, layer.weight_v, layer.weight_bar
+        v.data = F.normalize(weight.data.T @ u.data, dim=0)
+        u.data = F.normalize(weight.data @ v.data, dim=0)
+        layer.weight = weight / (u @ weight @ v)
+        return layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:branch SpectralNorm leaves a result")
+def test_spectral_norm_as_first_published(x):
+    assert_as_stored(lambda: chain_of_branches(SpectralNorm(nn.Linear(4, 4))), x, steps=3)
+
+
 def hook_and_remove(module):
     return module.register_forward_hook(lambda *a: a[2] * 2)
 

@@ -13,7 +13,7 @@ from revcore.additive import AdditiveCoupling
 from revcore.affine import AffineCoupling
 from revcore.coupling import Coupling
 from revcore.fixed_point import FixedPointCoupling
-from revcore.hooks import has_global_hooks, has_hooks
+from revcore.hooks import HOOKS, has_global_hooks, has_hooks
 from revcore.invertible import InvertibleStep
 from revcore.parts import Part
 from revcore.reversible import Reversible
@@ -144,8 +144,7 @@ def _is_watched(block: nn.Module, usual: Any) -> bool:
     if not (kind.forward is usual.forward and kind.inverse is usual.inverse):
         return True
     if torch.compiler.is_compiling():
-        hooks = (block._forward_hooks, block._forward_pre_hooks)
-        return any(len(each) > 0 for each in (*hooks, block._backward_hooks))
+        return any(len(vars(block)[name]) > 0 for name in HOOKS) or "forward" in vars(block)
     # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
     replaced = block._compiled_call_impl is not None or "forward" in vars(block)
     return replaced or has_hooks(block) or has_global_hooks()

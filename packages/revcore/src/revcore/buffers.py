@@ -2,7 +2,7 @@
 
 Most changes of a tensor are counted by torch. `F.batch_norm` does not count those of running
 statistics, nor does anybody those of `.data`. So small buffers are copied before each run, and
-large ones, such as a mask, until it is known of them that they stay as they are.
+larger ones, such as a mask, until it is known of them that they stay as they are.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from revcore.randomness import is_capturing
 from revcore.versions import version
 
-_LARGE = 2**16  # bytes
+_LARGE = 2**12  # bytes
 
-# Large buffers that a run has left alone: their version by the training flag of their module.
-_still: Any = WeakIdKeyDictionary()
+# What runs have done with large buffers, by the training flag of their module: the version at which
+# one was left alone, or None if one was changed without being counted.
+_known: Any = WeakIdKeyDictionary()
 
 
 class Copy(NamedTuple):
@@ -41,12 +41,16 @@ class Copy(NamedTuple):
     def has_moved(self) -> bool:
         """Tells whether the run has changed it, as far as the host can ask."""
         buffer, training, count, copy = self
-        known = training is None and is_large(buffer)  # a result or a cache, new in each call
-        if version(buffer) != count or known or buffer.is_meta or is_capturing(buffer.device):
-            return version(buffer) != count
+        if version(buffer) != count:
+            return True
+        # A large attribute is a result or a cache, which is new in each call.
+        trusted = training is None and is_large(buffer)
+        if trusted or buffer.is_meta or buffer.is_sparse or is_capturing(buffer.device):
+            return False
         try:
-            return not torch.equal(buffer, copy)
-        except (NotImplementedError, RuntimeError):  # of a sparse one
+            same = (buffer == copy) | (buffer.isnan() & copy.isnan())
+            return not bool(same.all())
+        except (NotImplementedError, RuntimeError):
             return True
 
 
@@ -57,7 +61,12 @@ def is_large(buffer: Tensor) -> bool:
 
 def stays(buffer: Tensor, training: bool | None) -> bool:
     """Tells whether a buffer is one that runs leave alone, by the flag of its module."""
-    return is_large(buffer) and _still.get(buffer, {}).get(training) == version(buffer)
+    return is_large(buffer) and _known.get(buffer, {}).get(training) == version(buffer)
+
+
+def is_settled(buffer: Tensor, training: bool | None) -> bool:
+    """Tells whether a buffer is one to copy each time."""
+    return not is_large(buffer) or _known.get(buffer, {}).get(training, 0) is None
 
 
 def copy_all(buffers: Sequence[tuple[Tensor, bool | None]]) -> list[Copy]:
@@ -69,11 +78,13 @@ def settle(copies: Sequence[Copy]) -> tuple[list[Copy], list[Copy]]:
     """Parts buffers after a run in those of which copies are needed, and those that stay."""
     needed, still = [], []
     for each in copies:
-        buffer = each.buffer
-        if not is_large(buffer) or is_capturing(buffer.device) or each.has_moved():
+        buffer, training, count, _ = each
+        if is_settled(buffer, training) or is_capturing(buffer.device) or version(buffer) != count:
+            needed.append(each)
+        elif each.has_moved():
+            _known.setdefault(buffer, {})[training] = None
             needed.append(each)
         else:
-            if each.training is not None:
-                _still.setdefault(buffer, {})[each.training] = each.version
+            _known.setdefault(buffer, {})[training] = count
             still.append(each._replace(copy=buffer))  # so that the copy is gone
     return needed, still

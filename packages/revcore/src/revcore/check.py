@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from revcore.arguments import takes_gradient
 from revcore.block import ReversibleBlock
 from revcore.coupling import Coupling
+from revcore.grid import to_grid
 from revcore.reversible import set_reversing
 from revcore.sequential import ReversibleSequential
 from revcore.streams import Streams, as_streams
@@ -140,6 +141,9 @@ def _check(
     for part in block.modules():
         if isinstance(part, ReversibleSequential):
             part.log_det = False  # so that it returns what its inverse takes
+    bits = [part.grid for part in block.modules() if isinstance(part, Coupling) and part.grid]
+    if bits:
+        x = tuple(to_grid(each, bits[0]) for each in x)  # which is what the inverse gives back
     limit = tolerance or torch.finfo(x[0].dtype).eps ** 0.5
     errors = {"inverse_error": math.nan, "gradient_error": math.nan}
     try:

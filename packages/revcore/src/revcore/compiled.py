@@ -51,33 +51,37 @@ Kind = tuple[list[int], torch.dtype, str]
 _NO_CAST = ("cpu", False, torch.bfloat16)
 
 
-def run_compiled(
-    steps: Sequence[Step],
-    kept: Sequence[int],
-    streams: Streams,
-    kwargs: Mapping[str, Any],
-    *,
-    reversing: bool,
+def run_stored(
+    watch: GridWatch, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]
 ) -> Streams:
-    """Runs the steps of a whole chain while torch.compile traces.
+    """Runs steps that store their activations while torch.compile traces.
+
+    Args:
+        watch: Keeps the call on its grid.
+        steps: The steps, in order.
+        streams: The input.
+        kwargs: Extra arguments of all branches.
+    """
+    current = [*watch.enter(steps, streams)]
+    for step in steps:
+        watch.apply(step, partial(step.call, **kwargs), current)
+    return tuple(current)
+
+
+def run_compiled(
+    steps: Sequence[Step], kept: Sequence[int], streams: Streams, kwargs: Mapping[str, Any]
+) -> Streams:
+    """Runs the steps of a whole chain, reversed, while torch.compile traces.
 
     Args:
         steps: All steps, in order.
         kept: Numbers of the steps whose input streams are kept.
         streams: The input.
         kwargs: Extra arguments of all branches.
-        reversing: Whether to reverse or to store.
 
     Raises:
         RuntimeError: If the steps cannot be traced.
     """
-    streams = tuple([x if x.is_contiguous() else x.clone() for x in streams])
-    if not reversing:
-        watch = GridWatch()
-        current = list(watch.enter(steps, streams))
-        for step in steps:
-            watch.apply(step, partial(step.call, **kwargs), current)
-        return watch.close(current)
     if any(step.grid is not None for step in steps):
         raise RuntimeError(
             "a fixed-point chain cannot be compiled as a whole: its forward pass and its "
@@ -87,21 +91,23 @@ def run_compiled(
     branches: list[_Branch] = []
     leaves: list[Tensor] = []
     for step in steps:
-        named = dict(step.branch.named_parameters())
+        named = {n: p for n, p in step.branch.named_parameters() if takes_gradient(p)}
         branches.append((step, list(named), _repeated_buffers(step.branch)))
         leaves += named.values()
     names = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     # Such as a mask. They come first, so that the others can be differentiated with the parameters.
     fixed = [name for name in names if not takes_gradient(kwargs[name])]
     names = [*fixed, *(name for name in names if name not in fixed)]
-    tensors = [*streams, *(kwargs[name] for name in names), *leaves]
+    # The node keeps them, and its outputs, and does not see it there if they are changed in place.
+    given = [kwargs[name].clone() for name in names]
+    tensors = [*streams, *given, *leaves]
     # Views, because a tensor that came twice would get the gradient of one place alone.
     outputs: Streams = _ChainNode.apply(
         (branches, set(kept), dict(kwargs), names, len(fixed)),
         len(streams),
         *[tensor.view_as(tensor) for tensor in tensors],
     )
-    return outputs
+    return tuple([output.clone() for output in outputs])
 
 
 def _forward(
@@ -202,7 +208,7 @@ class _Again(NamedTuple):
         t, pull, *_ = torch.func.vjp(self.run, x, *self.leaves)
         return t, lambda grad: pull(grad.to(t.dtype))
 
-    def compute(self, function: Callable[..., Any], *arguments: Any, **kwargs: Any) -> Any:
+    def compute(self, function: Callable[..., Any], /, *arguments: Any, **kwargs: Any) -> Any:
         # The CPU's state, and that of the device if it is another one; twice the same does no harm.
         (kind, enabled, dtype), (kind_2, enabled_2, dtype_2) = self.autocast
         with (
@@ -278,7 +284,7 @@ class _ChangedBufferError(RuntimeError):
 class _Probe(_Again):
     """Raises if a run changes a buffer: the copies of a graph may be made after the change."""
 
-    def compute(self, function: Callable[..., Any], *arguments: Any, **kwargs: Any) -> Any:
+    def compute(self, function: Callable[..., Any], /, *arguments: Any, **kwargs: Any) -> Any:
         branch = self.step.branch
         before = {name: branch.get_buffer(name) for name in _repeated_buffers(branch)}
         versions = [buffer._version for buffer in before.values()]

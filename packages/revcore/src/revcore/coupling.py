@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revcore.compiled import run_compiled
+from revcore.compiled import run_stored
 from revcore.engine import run
+from revcore.grid import GridWatch
 from revcore.half_step import HalfStep, Scheme
 from revcore.streams import Streams, as_dim, join, split
 
@@ -76,7 +77,7 @@ class Coupling(nn.Module, Scheme):
 
     def inverse_half_steps(self) -> Sequence[HalfStep]:
         """Lists the half-steps in the order of the inverse pass."""
-        return [step.inverse() for step in reversed(self.half_steps())]
+        return [step.inverse() for step in reversed([*self.half_steps()])]
 
     def _steps(self, *, inverted: bool) -> Sequence[HalfStep]:
         return self.inverse_half_steps() if inverted else self.half_steps()
@@ -109,7 +110,8 @@ class Coupling(nn.Module, Scheme):
     ) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
         if torch.compiler.is_compiling():
-            y = run_compiled(steps, (), streams, kwargs, reversing=False)
+            watch = GridWatch()
+            y = watch.close(run_stored(watch, steps, streams, kwargs))
         else:
             y = run(steps, streams, kwargs)
         return join(x, y, self.split_dim)

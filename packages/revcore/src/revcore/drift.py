@@ -55,8 +55,7 @@ class track_drift:  # noqa: N801 - used as a function: `with track_drift()`
     ) -> None:
         """Notes how far streams are from what they were before a step; the engine calls it."""
         errors = [
-            torch.linalg.vector_norm((stream - true).double())
-            / torch.linalg.vector_norm(true.double()).clamp_min(torch.finfo(torch.float64).tiny)
+            _norm(stream - true) / _norm(true).clamp_min(torch.finfo(torch.float64).tiny)
             for stream, true in zip(streams, truth, strict=True)
         ]
         self._found.append((branch, torch.stack(errors).max()))
@@ -91,3 +90,8 @@ class track_drift:  # noqa: N801 - used as a function: `with track_drift()`
                 "passes in the context, and see that the chain is reversing"
             )
         return max(errors, key=lambda drift: (drift.error != drift.error, drift.error))
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float64)))
+    return norm

@@ -72,9 +72,10 @@ class Call:
         tip, counts = self.tip
         if versions(streams) != counts or not all(map(_same_data, streams, tip)):
             raise RuntimeError(
-                "the streams between two blocks of a reversible chain were changed, by a hook, by "
-                "an in-place operation or by a coupling's own forward, so the chain cannot be "
-                "reversed. Make the change a block of its own, or split the chain there."
+                "the streams between two blocks of a reversible chain were changed, by a hook, an "
+                "in-place operation, a coupling's own forward or block.compile(), so the chain "
+                "cannot be reversed. Make the change a block of its own, or split the chain there; "
+                "compile branches (branch.compile()) or the chain."
             )
 
 
@@ -258,7 +259,8 @@ def _run_stored(kwargs: Mapping[str, Any], step: Step, x: Tensor) -> Tensor:
     # The view gathers the branch's gradients of x before they meet the stream's own, as the node
     # does, so that both modes add up in the same order. So do the gradients of a weight that is
     # used twice if it is cast twice, as in a reversing call.
-    with nullcontext() if step.grid is None else no_autocast_cache():
+    cast = step.grid is not None and torch._C._is_any_autocast_enabled()
+    with no_autocast_cache() if cast else nullcontext():
         return run_branch(step.call, x.view_as(x), kwargs)
 
 

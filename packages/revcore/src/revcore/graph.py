@@ -16,14 +16,13 @@ _Leaf = torch._C._functions.AccumulateGrad
 
 
 def differentiate(
-    t: Tensor, inputs: tuple[Tensor | None, ...], survey: Survey, has_arguments: bool, grad: Tensor
+    t: Tensor, inputs: tuple[Tensor, ...], survey: Survey, has_arguments: bool, grad: Tensor
 ) -> Sequence[Tensor | None]:
     """Takes the gradient of a branch's output to those of its inputs.
 
     Args:
         t: The output, with its graph.
-        inputs: First the branch's input, None if it needs no gradient, then all else that needs
-            one.
+        inputs: First the branch's input, then all else that needs a gradient.
         survey: That of the branch.
         has_arguments: Whether the branch got extra arguments, in which there may be other tensors.
         grad: Gradient of the output.
@@ -34,10 +33,10 @@ def differentiate(
     Raises:
         RuntimeError: If the graph ends in a tensor that is not among these.
     """
-    wanted: Any = inputs if inputs[0] is not None else inputs[1:]
+    wanted: Any = inputs if inputs[0].requires_grad else inputs[1:]
     if t.requires_grad and (has_arguments or not (survey.contained and survey.walked)):
         survey.walked = True
-        refuse_foreign_leaves(t, wanted, f"branch {survey.name}")
+        refuse_foreign_leaves(t, inputs, f"branch {survey.name}")
     if not (t.requires_grad and wanted):
         return [None] * len(inputs)
     if grad.dtype != t.dtype:

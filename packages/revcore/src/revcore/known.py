@@ -24,6 +24,8 @@ _OF_TORCH: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
 )
 
+_PARAMETERS = {"weight", "bias"}
+
 # What runs when a module is called, which somebody may replace.
 _CODE = ("forward", "_conv_forward")
 
@@ -77,6 +79,8 @@ def is_self_contained(module: nn.Module) -> bool:
         and not has_hooks(module)
         and not has_global_hooks()
         and not any(name in vars(module) for name in _CODE)
+        # Others are put in by code around it, which may change them in each run.
+        and (kind not in _OF_TORCH or module._parameters.keys() <= _PARAMETERS)
         # Such as a weight that another net has made.
         and not any(isinstance(value, Tensor) for value in vars(module).values())
     )

@@ -60,7 +60,6 @@ def run_parts(
     small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, call.given))
     steps: list[Step] = []
     for part in parts:
-        module = part.module
         # With a node of its own for the last block, the peak is the same at any depth: only the
         # first gradients may take no memory, as those of a sum.
         shares = small and part is not parts[-1] and _is_tiny(part)
@@ -69,12 +68,20 @@ def run_parts(
         if part.kept:
             call.keep(streams)
         if part.steps is None:
-            streams = as_streams((module.inverse if inverted else module)(*streams, **kwargs))
+            streams = call_part(part, streams, kwargs, inverted=inverted)
         else:
             steps += part.steps
         if steps and not shares:
             streams, steps = run(steps, streams, kwargs), []
     return streams
+
+
+def call_part(
+    part: Part, streams: Streams, kwargs: Mapping[str, Any], *, inverted: bool
+) -> Streams:
+    """Calls the module of a part as somebody would who knows nothing of its steps."""
+    module = part.module
+    return as_streams((module.inverse if inverted else module)(*streams, **kwargs))
 
 
 def _is_tiny(part: Part) -> bool:

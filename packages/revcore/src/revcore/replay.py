@@ -28,7 +28,7 @@ from revcore.buffers import Copy, copy_all, settle
 from revcore.graph import differentiate, warn_of_a_result
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states, is_capturing
 from revcore.remember import Memory, thread
-from revcore.snapshot import Snapshot, fill
+from revcore.snapshot import Change, Snapshot, fill, left_by
 from revcore.step import Pullback
 from revcore.survey import Group, Survey, needs_of
 from revcore.turns import TURN
@@ -48,6 +48,7 @@ _hooks = attrgetter("_backward_hooks")
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
 _NOTHING: Mapping[int, Tensor] = {}
+_NO_CHANGES: list[Change] = []
 _AS_IT_IS = nullcontext()
 
 
@@ -245,11 +246,21 @@ class Replay(Memory):
             RuntimeError: If a parameter, buffer or argument has changed since, or the branch draws
                 other random numbers than before.
         """
+        clones = {id(buffer): copy.clone() for buffer, *_, copy in self._copies}
         if call is not None:
-            t = self._repeat(x, inverse=call)
-            self.seen.look()  # that way may change what the first run did not
+            t = self._repeat(x, clones, [], call)
+            # That way may change what the first run did not.
+            self.seen.look()
+            for buffer, flag, _, copy in self._copies:
+                if Copy(clones[id(buffer)], flag, 0, copy).has_moved():
+                    raise RuntimeError(
+                        f"{self.seen.name(buffer)} is changed by the way back alone, which may "
+                        "therefore not undo the other way. Use evaluation mode, or store the "
+                        "activations: revcore.set_reversing(model, False)"
+                    )
             return t
-        return self._without_gradients(self._repeat, self._lay_out(x))
+        again = partial(self._repeat, aliases=clones, left=[])
+        return self._without_gradients(again, self._lay_out(x))
 
     def record(self, x: Tensor) -> tuple[Tensor, Pullback]:
         """Runs the branch like `repeat`, for a graph of its own.
@@ -264,7 +275,7 @@ class Replay(Memory):
         x = self._lay_out(x).detach()
         if self.needs_x:
             x.requires_grad_()
-        survey, aliases = self._survey, _NOTHING
+        survey, aliases, left = self._survey, _NOTHING, _NO_CHANGES
         quick = self._quick and self.seen.usual
         if not (self._plain and self.seen.usual):
             aliases = self._stand_ins(x)
@@ -278,15 +289,19 @@ class Replay(Memory):
                 with TURN, survey.untracked:
                     t = self._draw_again(self._run, x)
             else:
+                # Clones, because a graph that is retained may be run backward again.
+                clones = {id(buffer): copy.clone() for buffer, *_, copy in self._copies}
+                aliases, left = {**aliases, **clones}, []
                 # What counts modules' gradients (torch's FlopCounterMode) cannot count a leaf's.
-                t = self._repeat(x.view_as(x) if _global_forward_pre_hooks else x, aliases)
+                view = x.view_as(x) if _global_forward_pre_hooks else x
+                t = self._repeat(view, aliases, left)
         finally:
             _set_grad_enabled(False)
         leaves = [aliases.get(id(leaf), leaf) for leaf in self.leaves] if aliases else self.leaves
-        wanted = (x if self.needs_x else None, *leaves)
-        pull = partial(differentiate, t, wanted, survey, bool(self._kwargs))
-        if self._copies and not survey.contained:
-            pull = partial(self._pull, pull, aliases)
+        pull = partial(differentiate, t, (x, *leaves), survey, bool(self._kwargs))
+        if left or self._copies:
+            counts = [version(aliases[id(each.buffer)]) for each in self._copies]
+            pull = partial(self._pull, pull, left, aliases, counts)
         return t, pull
 
     def _stand_ins(self, x: Tensor) -> Mapping[int, Tensor]:
@@ -333,8 +348,7 @@ class Replay(Memory):
         """Copies `x` to the strides and dtype that the branch saw first; others give other bits."""
         if x.stride() == self._stride and x.dtype == self._dtype:
             return x
-        like = torch.empty_strided(x.shape, self._stride, dtype=self._dtype, device=x.device)
-        return like.copy_(x)
+        return x.new_empty_strided(x.shape, self._stride, dtype=self._dtype).copy_(x)
 
     def _run(self, x: Tensor) -> Tensor:
         memory = self if self._survey.remembers else None
@@ -350,7 +364,8 @@ class Replay(Memory):
     def _repeat(
         self,
         x: Tensor,
-        aliases: Mapping[int, Tensor] = _NOTHING,
+        aliases: Mapping[int, Tensor],
+        left: list[Change],
         inverse: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         self.again = True
@@ -365,8 +380,8 @@ class Replay(Memory):
             return run_branch(*run)
         autocast = autocast_as(self._autocast, self._survey.kinds(x)) if cast else _AS_IT_IS
         survey = self._survey
-        changes = not (same and survey.contained) or aliases or self._copies or survey.norms
-        as_it_was = self._as_it_was(snapshot, aliases, same=same) if changes else _AS_IT_IS
+        changes = not (same and survey.contained) or aliases or survey.norms
+        as_it_was = self._as_it_was(snapshot, aliases, left, same=same) if changes else _AS_IT_IS
         with TURN, autocast, as_it_was:
             return self._draw_again(run_branch, *run)
 
@@ -377,12 +392,26 @@ class Replay(Memory):
         return draw_again(self._before, self._after, partial(run, *arguments), _OTHER_DRAWS)
 
     def _pull(
-        self, pull: Pullback, aliases: Mapping[int, Tensor], grad: Tensor
+        self,
+        pull: Pullback,
+        left: Sequence[Change],
+        aliases: Mapping[int, Tensor],
+        counts: Sequence[int],
+        grad: Tensor,
     ) -> Sequence[Tensor | None]:
-        """Differentiates; what the branch checkpoints runs once more meanwhile."""
-        same = self._is_same(self._snapshot)
-        with TURN, self._as_it_was(self._snapshot, aliases, same=same):
-            return pull(grad)
+        """Differentiates; hooks find what the run has left, and what they leave stays."""
+        with left_by(left) if left else _AS_IT_IS:
+            found = pull(grad)
+        for each, count in zip(self._copies, counts, strict=True):
+            clone = aliases[id(each.buffer)]
+            if version(clone) != count:
+                if each.has_moved():
+                    raise RuntimeError(
+                        f"{self.seen.name(each.buffer)} is changed in the forward pass of a branch "
+                        "and in its backward pass, too; let it be two buffers"
+                    )
+                each.buffer.copy_(clone)
+        return found
 
     def _is_same(self, snapshot: Snapshot) -> bool:
         same = self.seen.look() if self.seen.same is None else self.seen.same
@@ -390,16 +419,16 @@ class Replay(Memory):
 
     @contextmanager
     def _as_it_was(
-        self, snapshot: Snapshot, aliases: Mapping[int, Tensor], *, same: bool
+        self, snapshot: Snapshot, aliases: Mapping[int, Tensor], left: list[Change], *, same: bool
     ) -> Iterator[None]:
-        """Lets the branch's modules hold what they held, but for `aliases`."""
+        """Lets the branch's modules hold what they held, but for `aliases`.
+
+        What is run meanwhile may have `left` something else there.
+        """
         survey = self._survey
         for buffer, _, count, _ in self._still:
             if version(buffer) != count:
                 raise changed(self.seen.name(buffer))
-        if self._copies:
-            # Clones, because a graph that is retained may be run backward again.
-            aliases = {**aliases, **{id(b): copy.clone() for b, *_, copy in self._copies}}
         others = [] if same and not aliases else snapshot.put_back(aliases, same=same)
         try:
             with survey.untracked:
@@ -408,6 +437,7 @@ class Replay(Memory):
             # The first run may have left all as it was, where this one has left something.
             untouched = same and (survey.contained or snapshot.holds())
             results = [] if untouched else snapshot.new_results()
+            left += [] if untouched else snapshot.changes(aliases)
             fill(others)
             if same and not untouched:
                 snapshot.put_back(_NOTHING)

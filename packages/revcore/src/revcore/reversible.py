@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from revcore.arguments import tensors_of
-from revcore.compiled import WAYS, Kind, find_fault, run_compiled
+from revcore.compiled import WAYS, Kind, find_fault, run_compiled, run_stored
 from revcore.engine import Call, can_reverse, thread
+from revcore.grid import GridWatch
 from revcore.known import are_of_torch, draw
-from revcore.parts import Part, run_parts
+from revcore.parts import Part, call_part, run_parts
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 from revcore.survey import Groups
@@ -166,15 +167,38 @@ class Reversible(nn.Module):
         self, x: tuple[Tensor, ...], kwargs: dict[str, Any], *, inverted: bool
     ) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
+        # Halves of a tensor have gaps, which they have not in the eager engine.
+        streams = tuple([s if s.is_contiguous() else s.clone() for s in streams])
+        if self.reversing and torch.is_grad_enabled() and _can_reverse_compiled():
+            outputs = self._reversed(streams, kwargs, inverted=inverted)
+        else:
+            outputs = self._stored(streams, kwargs, inverted=inverted)
+        y = join(x, outputs[: len(streams)], self.split_dim)
+        return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
+
+    def _stored(self, streams: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Streams:
+        if self.log_det:
+            steps, _ = self._plan(len(streams), inverted=inverted)
+            parts = [Part(self, [step.measured() for step in steps])]
+        else:
+            parts = self._parts(len(streams), inverted=inverted)
+        watch = GridWatch()
+        for part in parts:
+            if part.steps is None:
+                streams = call_part(part, streams, kwargs, inverted=inverted)
+            else:
+                streams = run_stored(watch, part.steps, streams, kwargs)
+        return watch.close(streams)
+
+    def _reversed(self, streams: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Streams:
         steps, kept = self._plan(len(streams), inverted=inverted)
-        reversing = self.reversing and torch.is_grad_enabled() and _can_reverse_compiled()
         given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-        if reversing and len(tensors_of(kwargs)) > len(given):
+        if len(tensors_of(kwargs)) > len(given):
             raise RuntimeError(
                 "a compiled chain takes tensors as arguments, but none inside of lists, tuples or "
                 "dicts; pass each by a keyword of its own"
             )
-        if reversing and not self._is_known():
+        if not self._is_known():
             constants = {
                 name: _as_constant(value)
                 for name, value in kwargs.items()
@@ -189,9 +213,7 @@ class Reversible(nn.Module):
                 raise RuntimeError(fault)
         if self.log_det:
             steps = [step.measured() for step in steps]
-        outputs = run_compiled(steps, kept, streams, kwargs, reversing=reversing)
-        y = join(x, outputs[: len(streams)], self.split_dim)
-        return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
+        return run_compiled(steps, kept, streams, kwargs)
 
     # Both run once, in Python, while Dynamo traces, which takes their results for constants.
     @_constant

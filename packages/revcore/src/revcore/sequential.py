@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,14 +77,22 @@ class ReversibleSequential(Reversible, nn.Sequential):
                 f"block {name} is a {type(module).__name__}, which cannot be reversed; wrap it, "
                 "ReversibleBlock(module), or give it a method inverse(y)"
             )
+        # A wrapper (torch.compile makes one) sees the streams joined, and its block splits them.
+        inner = getattr(module.inverse, "__self__", None)
         # 1 is the default, which a block in a chain need not repeat.
-        if isinstance(module, _OURS) and module.split_dim not in (1, self.split_dim):
+        usual = (1, self.split_dim) if inner is module else (self.split_dim,)
+        if isinstance(inner, _OURS) and inner.split_dim not in usual:
             raise ValueError(
-                f"block {name} splits along split_dim={module.split_dim} and the chain along "
-                f"split_dim={self.split_dim}; give the chain split_dim={module.split_dim}"
+                f"block {name} splits along split_dim={inner.split_dim} and the chain along "
+                f"split_dim={self.split_dim}; make them the same"
             )
         if getattr(module, "log_det", False) is True and not self.log_det:
             raise ValueError(f"block {name} has log_det=True, so the chain needs log_det=True too")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self._check(name, value)
+        super().__setattr__(name, value)
 
     def __setitem__(self, index: int, module: nn.Module) -> None:
         self._check(str(index), module)
@@ -110,7 +119,8 @@ class ReversibleSequential(Reversible, nn.Sequential):
         """Returns a block, or for a slice the chain of those blocks, which share parameters."""
         if not isinstance(index, slice):
             return super().__getitem__(index)
-        part = type(self)(*list(self)[index], split_dim=self.split_dim, log_det=self.log_det)
+        blocks: Any = OrderedDict(list(self._modules.items())[index])
+        part = ReversibleSequential(blocks, split_dim=self.split_dim, log_det=self.log_det)
         part.reversing, part.overlap = self.reversing, self.overlap
         return part
 

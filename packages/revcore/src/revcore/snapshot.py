@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from revcore.hooks import HOOKS
 from revcore.known import is_self_contained
+from revcore.turns import TURN
 from revcore.versions import versions
 
 Table = dict[Any, Any]
@@ -162,6 +164,20 @@ class Snapshot:
             values[:] = [others.get(id(value), value) for value in held_values]
         return undo
 
+    def changes(self, others: Mapping[int, Tensor]) -> list[Change]:
+        """Lists what the modules hold now and did not, but for `others`."""
+        found: list[Change] = [
+            (table, name, value)
+            for _, table, held in self._entries
+            for name, value in table.items()
+            if name not in held or others.get(id(held[name]), held[name]) is not value
+        ]
+        return found + [
+            (values, None, list(values))
+            for values, held in self._lists
+            if not _are_same(values, [others.get(id(value), value) for value in held])
+        ]
+
     def buffers_are_others(self) -> bool:
         """Tells whether there are other buffers now."""
         return any(
@@ -186,6 +202,41 @@ class Snapshot:
 
 Held = tuple[Any, Any]
 """A table, a list or a module, and its entries, its values or its class."""
+
+Change = tuple[Any, Any, Any]
+"""A table, a name in it, and what is there; or a list, None, and all that is in it."""
+
+_MISSING = object()
+
+
+@contextmanager
+def left_by(changes: Sequence[Change]) -> Iterator[None]:
+    """Lets changes be there again for a while; what is changed meanwhile stays so."""
+    with TURN:
+        before = [
+            (place, name, list(place) if name is None else place.get(name, _MISSING))
+            for place, name, _ in changes
+        ]
+        _put(changes)
+        try:
+            yield
+        finally:
+            pairs = zip(changes, before, strict=True)
+            _put([old for new, old in pairs if _is_there(*new)])
+
+
+def _put(changes: Sequence[Change]) -> None:
+    for place, name, value in changes:
+        if name is None:
+            place[:] = value
+        elif value is _MISSING:
+            del place[name]
+        else:
+            place[name] = value
+
+
+def _is_there(place: Any, name: Any, value: Any) -> bool:
+    return _are_same(place, value) if name is None else place.get(name, _MISSING) is value
 
 
 def fill(places: Sequence[Held]) -> None:

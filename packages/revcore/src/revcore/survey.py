@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.buffers import is_large, stays
+from revcore.buffers import is_settled, stays
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.known import BATCH_NORMS, are_of_torch, draw, is_self_contained
 from revcore.snapshot import Snapshot, containers_of
@@ -62,12 +62,13 @@ class Survey:
         modules: All modules, each once; first the branch.
         name: That of the branch's class.
         snapshot: What they hold.
-        tensors: All parameters, each once.
+        tensors: All other parameters, each once.
         needed: Which of them require a gradient.
         leaves: Those that do.
         plain: Whether all of them are leaves.
-        buffers: Buffers, and tensors in attributes, that a second run must find as the first one
-            found them, and for buffers the training flags of their modules.
+        buffers: Buffers, frozen parameters of modules of which nothing is known, and tensors in
+            attributes, that a second run must find as the first one found them; and but for the
+            last of these the training flags of their modules.
         constants: Those that nothing may change, because no copy can take their place, or because
             the branch does not do so.
         norms: The attributes of batch norms in training, whose buffers no run reads.
@@ -100,9 +101,13 @@ class Survey:
         for module in modules:
             if module not in self.snapshot.scripted:
                 self._sort(module)
-        tensors = dict.fromkeys(p for module in modules for p in module._parameters.values())
-        tensors.pop(None, None)
-        self.tensors: list[Tensor] = [*tensors]
+        # Replicas of nn.DataParallel hold them elsewhere.
+        tables = [
+            t for m in modules for t in (m._parameters, vars(m).get("_former_parameters", {}))
+        ]
+        tensors = dict.fromkeys(tensor for table in tables for tensor in table.values())
+        copied = {id(tensor) for tensor, _ in self.buffers}
+        self.tensors: list[Tensor] = [t for t in tensors if not (t is None or id(t) in copied)]
         self.needed = needs_of(self.tensors)
         self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad]
         self.plain = all(tensor.is_leaf for tensor in self.tensors)
@@ -120,7 +125,7 @@ class Survey:
         # what an attribute or a hook holds that is removed.
         self.lasts = self.plain and not (
             self.lazy
-            or any(is_large(buffer) for buffer, _ in self.buffers)
+            or not all(is_settled(buffer, flag) for buffer, flag in self.buffers)
             or self.snapshot.scripted
             or has_global_hooks()
             or any(map(has_hooks, modules))
@@ -137,6 +142,9 @@ class Survey:
             return
         buffers = [b for b in module._buffers.values() if not (b is None or is_lazy(b))]
         values = [] if self.contained else [*vars(module).values()]
+        if not is_self_contained(module):
+            frozen = (p for p in module._parameters.values() if p is not None)
+            buffers += [p for p in frozen if not (p.requires_grad or is_lazy(p))]
         # In a tuple nothing can be exchanged.
         tuples = [v for each in values if isinstance(each, tuple) for v in each]
         self.constants += filter(torch.is_tensor, tuples)

@@ -16,6 +16,9 @@ _KEY = "revcore: turns"
 _is_known = torch._C._is_key_in_tls
 _get = torch._C._get_obj_in_tls
 _set = torch._C._stash_obj_in_tls
+# Older releases of torch have no such thing. A thread that ends with an object there, just as
+# Python ends, may abort the process.
+_remove = getattr(torch._C, "_remove_obj_from_tls", lambda key: _set(key, 0))
 
 
 class _Turn:
@@ -33,8 +36,10 @@ class _Turn:
 
     def __exit__(self, *_: object) -> None:
         depth = _get(_KEY) - 1
-        _set(_KEY, depth)
-        if not depth:
+        if depth:
+            _set(_KEY, depth)
+        else:
+            _remove(_KEY)
             _lock.release()
 
 

@@ -40,5 +40,6 @@ def changed(what: str) -> RuntimeError:
         f"{what} was changed in place between forward and backward, so a reversible branch cannot "
         "be repeated. Call backward() before changing it (an optimizer's step changes parameters). "
         "Where the branch itself does so in its first run (initialization from data), run the net "
-        "once under torch.no_grad() before."
+        "once under torch.no_grad() before; where it does so in each run (normalizing a weight), "
+        "do that before the net is called, or by torch.nn.utils.parametrize."
     )

@@ -1,0 +1,156 @@
+"""What the backward pass of a branch finds in its modules, and leaves there."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import assert_as_stored, chain_of_branches, step_of
+from torch import nn
+
+import revcore
+
+
+@pytest.fixture
+def x(device):
+    torch.manual_seed(0)
+    return torch.randn(6, 8, dtype=torch.float64, device=device)
+
+
+def normalized():
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+
+class Samples:
+    """Computes gradients by sample, as differentially private training does."""
+
+    def __init__(self, layer, where):
+        self.where, self.found = where, []
+        if where == "list":
+            layer.activations = []
+        layer.register_forward_hook(self.note)
+        layer.register_full_backward_hook(self.use)
+
+    def note(self, layer, inputs, _):
+        if not torch.is_grad_enabled():
+            return
+        if self.where == "list":
+            layer.activations.append(inputs[0].detach())
+        else:
+            layer.activation = inputs[0].detach()
+
+    def use(self, layer, _, grads):
+        seen = layer.activations.pop() if self.where == "list" else layer.activation
+        layer.steps = getattr(layer, "steps", 0) + 1
+        layer.samples = torch.einsum("ni,nj->nij", grads[0], seen)
+
+
+@pytest.mark.parametrize("where", ["list", "attribute"])
+@pytest.mark.parametrize("branch", [plain, normalized])
+def test_hooks_find_what_the_forward_pass_noted(branch, where, x):
+    chain = chain_of_branches(branch()).double().to(x.device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    layers = [net[0].coupling.f[0] for net in (chain, twin)]
+    for layer in layers:
+        Samples(layer, where)
+    for number in range(3):
+        for net in (chain, twin):
+            step_of(net, x + number)
+        ours, theirs = layers
+        torch.testing.assert_close(ours.samples, theirs.samples)
+        torch.testing.assert_close(ours.samples.sum(0), ours.weight.grad)
+        assert ours.steps == theirs.steps == number + 1
+        assert len(vars(ours).get("activations", ())) == 0
+
+
+class Scaling(torch.autograd.Function):
+    """Divides gradients by the largest that it has seen, as training in low precision does."""
+
+    @staticmethod
+    def forward(ctx, x, peak):
+        ctx.peak = peak
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.peak.copy_(torch.maximum(ctx.peak, grad.abs().max()))
+        return grad / ctx.peak, None
+
+
+class Scaled(nn.Module):
+    def __init__(self, count=False):
+        super().__init__()
+        self.linear, self.count = nn.Linear(4, 4), count
+        self.register_buffer("peak", torch.full((1,), 1e-3))
+
+    def forward(self, x):
+        if self.count:
+            self.peak += 1
+        return Scaling.apply(self.linear(x), self.peak)
+
+
+def test_buffers_that_the_backward_pass_changes(x):
+    chain = assert_as_stored(lambda: chain_of_branches(Scaled()), x, steps=3)
+    assert all(buffer > 1e-3 for buffer in chain.buffers())
+
+
+def test_buffers_that_both_passes_change_are_refused(x):
+    chain = chain_of_branches(Scaled(count=True)).double().to(x.device)
+    with pytest.raises(RuntimeError, match="buffer 'peak' of Scaled is changed in the forward"):
+        step_of(chain, x)
+
+
+class Energy(nn.Module):
+    """Differentiates by its own input, which need not require a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = plain()
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            return torch.autograd.grad(self.inner(x).square().sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_a_branch_that_differentiates_by_its_input(needs_x, x):
+    def take(net, x):
+        net.zero_grad()
+        x = x.clone().requires_grad_(needs_x)
+        net(x).square().sum().backward()
+        return [p.grad for p in net.parameters()] + ([x.grad] if needs_x else [])
+
+    assert_as_stored(lambda: chain_of_branches(Energy()), x, take)
+
+
+def replica_of(net):
+    """Does what nn.DataParallel does for each GPU."""
+    modules = list(net.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        replica._former_parameters = {}
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            held = None if parameter is None else parameter * 1
+            setattr(replica, name, held)
+            replica._former_parameters[name] = held
+    return replicas[net]
+
+
+@pytest.mark.parametrize("branch", [plain, Energy])
+def test_replicas_of_data_parallel(branch, x):
+    def take(net, x):
+        net.zero_grad()
+        x = x.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            replica_of(net)(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in net.parameters())]
+
+    assert_as_stored(lambda: chain_of_branches(branch()), x, take)
