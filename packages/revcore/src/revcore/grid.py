@@ -25,9 +25,8 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
         >>> to_grid(torch.tensor([0.3, -0.3]), 2)
         tensor([ 0.2500, -0.2500])
     """
-    rounded = x.detach().mul(2.0**bits).round_().mul_(2.0**-bits)
     # What is taken away is exact, and so is the difference.
-    return x - (x.detach() - rounded) if torch.is_grad_enabled() else rounded
+    return x - torch.add(x.detach(), x.detach().mul(2.0**bits).round_(), alpha=-(2.0**-bits))
 
 
 def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
