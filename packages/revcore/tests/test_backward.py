@@ -67,6 +67,41 @@ def test_hooks_find_what_the_forward_pass_noted(branch, where, x):
         assert len(vars(ours).get("activations", ())) == 0
 
 
+class Counts(nn.Module):
+    """Notes both passes, in what it has and in what it makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.steps, self.log = nn.Linear(4, 4), 0, []
+
+    def forward(self, x):
+        self.steps += 1
+        self.log.append("forward")
+        self.norms = {"forward": 1}
+        y = self.linear(x)
+        if y.requires_grad:
+            y.register_hook(self.note)
+        return torch.tanh(y)
+
+    def note(self, grad):
+        self.steps += 1
+        self.log.append("backward")
+        self.norms["backward"] = grad.norm()
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_both_passes_note(calls, x):
+    chain = chain_of_branches(Counts()).double().to(x.device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for _ in range(2):
+        for net in (chain, twin):
+            sum(net(number * x).square().sum() for number in range(1, calls + 1)).backward()
+        for ours, theirs in zip(chain.modules(), twin.modules(), strict=True):
+            if isinstance(ours, Counts):
+                assert (ours.steps, ours.log) == (theirs.steps, theirs.log)
+                torch.testing.assert_close(ours.norms, theirs.norms)
+
+
 class Scaling(torch.autograd.Function):
     """Divides gradients by the largest that it has seen, as training in low precision does."""
 
@@ -100,7 +135,9 @@ def test_buffers_that_the_backward_pass_changes(x):
 
 def test_buffers_that_both_passes_change_are_refused(x):
     chain = chain_of_branches(Scaled(count=True)).double().to(x.device)
-    with pytest.raises(RuntimeError, match="buffer 'peak' of Scaled is changed in the forward"):
+    with pytest.raises(
+        RuntimeError, match="buffer 'peak' of Scaled is changed in the backward pass"
+    ):
         step_of(chain, x)
 
 

@@ -241,6 +241,19 @@ def test_what_a_chain_takes_as_an_attribute():
     assert len(chain) == 2
 
 
+def test_slices_of_chains_can_grow():
+    chain = revcore.ReversibleSequential(*(block() for _ in range(4)))
+    blocks = list(chain)
+    for found, wanted in (
+        (chain[1:] + chain[:1], [*blocks[1:], blocks[0]]),
+        (chain[::2].append(blocks[1]), [blocks[0], blocks[2], blocks[1]]),
+        (chain[2:] + chain[:2], blocks[2:] + blocks[:2]),
+        (chain[1:] * 2, blocks[1:] * 2),
+    ):
+        assert type(found) is revcore.ReversibleSequential
+        assert all(one is two for one, two in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
 def test_a_wrapped_block_that_splits_along_another_dimension(wrap):
     with pytest.raises(

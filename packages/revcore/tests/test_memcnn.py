@@ -75,6 +75,53 @@ def test_a_wrapper_of_any_module_in_a_chain(keep, apart):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+class Mixed(nn.Module):
+    """Looks at the last dimension alone, and takes streams of any number of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 8).double())
+
+    def forward(self, x):
+        return x @ self.matrix
+
+    def inverse(self, y):
+        return torch.linalg.solve(self.matrix.T, y.transpose(-1, -2)).transpose(-1, -2)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_the_streams_are_those_of_the_outer_chain(inner):
+    torch.manual_seed(0)
+    mixed = Mixed()
+    part = revcore.ReversibleSequential(mixed) if inner else memcnn.InvertibleModuleWrapper(mixed)
+    block = revcore.ReversibleBlock(nn.Linear(4, 4).double())
+    chain = revcore.ReversibleSequential(block, part, split_dim=-1)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    half = revcore.ReversibleSequential(block, split_dim=-1)(x)
+    torch.testing.assert_close(chain(x), mixed(half))
+    torch.testing.assert_close(chain.inverse(chain(x)), x)
+
+
+def test_a_wrapper_of_a_block_in_a_chain():
+    inner = revcore.ReversibleBlock(nn.Linear(4, 4))
+    chain = revcore.ReversibleSequential(memcnn.InvertibleModuleWrapper(inner, keep_input=True))
+    assert torch.equal(chain(torch.ones(2, 8)), inner(torch.ones(2, 8)))
+    with revcore.track_memory() as memory:
+        y = chain(torch.ones(2**14, 8, requires_grad=True) * 2)
+    assert memory.live_bytes > 1.9 * y.nbytes  # the output, and the kept input
+
+
+def test_wrappers_of_several_tensors_are_checked():
+    class Swap(nn.Module):
+        def forward(self, a, b):
+            return 2 * b, a
+
+        def inverse(self, a, b):
+            return b, a / 2
+
+    assert revcore.check_invertible(memcnn.InvertibleModuleWrapper(Swap()), *torch.ones(2, 3, 4))
+
+
 def test_example_of_the_last_release():
     x = torch.rand(2, 10, 8, 8)
     fn = memcnn.AdditiveCoupling(

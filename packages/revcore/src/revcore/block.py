@@ -103,9 +103,9 @@ class ReversibleBlock(Reversible):
         """How many streams a single input tensor is split in."""
         return self.coupling.streams
 
-    def _parts(self, count: int, *, inverted: bool) -> list[Part]:
+    def _parts(self, count: int, split_dim: int, *, inverted: bool) -> list[Part]:
         kept = self._keeps(inverted=inverted)
-        return parts_of(self.coupling, count, self.split_dim, inverted=inverted, kept=kept)
+        return parts_of(self.coupling, count, split_dim, inverted=inverted, kept=kept)
 
     def _keeps(self, *, inverted: bool) -> bool:
         return self.keep_input_inverse if inverted else self.keep_input
@@ -130,8 +130,10 @@ def parts_of(
         kept: Whether the input is kept.
     """
     if isinstance(block, Reversible):
-        watched = _is_watched(block, Reversible)
-        return [Part(block, None)] if watched else block._parts(count, inverted=inverted)
+        if _is_watched(block, Reversible):
+            return [Part(block, None, kept)]
+        parts = block._parts(count, split_dim, inverted=inverted)
+        return [parts[0]._replace(kept=True), *parts[1:]] if kept and parts else parts
     if isinstance(block, Coupling):
         watched = _is_watched(block, Coupling)
         return [Part(block, None if watched else block._steps(inverted=inverted), kept)]

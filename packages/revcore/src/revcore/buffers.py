@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from revcore.randomness import is_capturing
 from revcore.versions import version
 
-_LARGE = 2**12  # bytes
+_LARGE = 2**16  # bytes
 
 # What runs have done with large buffers, by the training flag of their module: the version at which
 # one was left alone, or None if one was changed without being counted.

@@ -25,8 +25,10 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
         >>> to_grid(torch.tensor([0.3, -0.3]), 2)
         tensor([ 0.2500, -0.2500])
     """
-    # What is taken away is exact, and so is the difference.
-    return x - torch.add(x.detach(), x.detach().mul(2.0**bits).round_(), alpha=-(2.0**-bits))
+    y = x.clone()
+    # By an alias that has no graph, which sees nothing of this.
+    y.detach().mul_(2.0**bits).round_().mul_(2.0**-bits)
+    return y
 
 
 def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:

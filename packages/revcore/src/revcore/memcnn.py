@@ -200,7 +200,7 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
     @property
     def streams(self) -> int:
         """How many streams a single input tensor is split in."""
-        return self._fn.streams if isinstance(self._fn, revcore.Coupling) else 1
+        return getattr(self._fn, "streams", 1)
 
     def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
         # In a chain it is a step as any module with an inverse.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -90,7 +91,7 @@ def _is_tiny(part: Part) -> bool:
         return False
     known: bool | None = coupling.__dict__.get("_tiny")
     if known is None:
-        parameters = list(coupling.parameters())
+        parameters = [p for p in coupling.parameters() if p.layout is torch.strided]
         if any(map(is_lazy, parameters)):
             return False
         # Not looked at again: if it grows, some memory is held a little longer.

@@ -252,7 +252,8 @@ class Replay(Memory):
             # That way may change what the first run did not.
             self.seen.look()
             for buffer, flag, _, copy in self._copies:
-                if Copy(clones[id(buffer)], flag, 0, copy).has_moved():
+                number = buffer.is_floating_point()  # and no counter
+                if number and Copy(clones[id(buffer)], flag, 0, copy).has_moved():
                     raise RuntimeError(
                         f"{self.seen.name(buffer)} is changed by the way back alone, which may "
                         "therefore not undo the other way. Use evaluation mode, or store the "
@@ -407,8 +408,11 @@ class Replay(Memory):
             if version(clone) != count:
                 if each.has_moved():
                     raise RuntimeError(
-                        f"{self.seen.name(each.buffer)} is changed in the forward pass of a branch "
-                        "and in its backward pass, too; let it be two buffers"
+                        f"{self.seen.name(each.buffer)} is changed in the backward pass of a "
+                        "branch, and was changed since its forward pass began: there, by another "
+                        "call or by another backward pass. Let passes have buffers of their own "
+                        "and differentiate each call once, or store the activations: "
+                        "revcore.set_reversing(model, False)"
                     )
                 each.buffer.copy_(clone)
         return found

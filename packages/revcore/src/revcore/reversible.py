@@ -86,8 +86,8 @@ class Reversible(nn.Module):
         """How many streams a single input tensor is split in."""
 
     @abstractmethod
-    def _parts(self, count: int, *, inverted: bool) -> list[Part]:
-        """Lists what runs, for so many streams."""
+    def _parts(self, count: int, split_dim: int, *, inverted: bool) -> list[Part]:
+        """Lists what runs, for so many streams, which a call has split along this dimension."""
 
     def _plan(self, count: int, *, inverted: bool) -> tuple[list[Step], list[int]]:
         """Lists the steps for so many streams, and the numbers of those whose input is kept.
@@ -97,7 +97,7 @@ class Reversible(nn.Module):
         """
         steps: list[Step] = []
         kept: list[int] = []
-        for part in self._parts(count, inverted=inverted):
+        for part in self._parts(count, self.split_dim, inverted=inverted):
             hooked = part.module._forward_hooks or part.module._forward_pre_hooks
             if part.steps is None or hooked:
                 raise RuntimeError(
@@ -133,7 +133,7 @@ class Reversible(nn.Module):
     def _run(
         self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
     ) -> Streams:
-        parts = self._parts(len(streams), inverted=inverted)
+        parts = self._parts(len(streams), self.split_dim, inverted=inverted)
         return run_parts(call, parts, streams, kwargs, inverted=inverted)
 
     def _alone(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
@@ -181,7 +181,7 @@ class Reversible(nn.Module):
             steps, _ = self._plan(len(streams), inverted=inverted)
             parts = [Part(self, [step.measured() for step in steps])]
         else:
-            parts = self._parts(len(streams), inverted=inverted)
+            parts = self._parts(len(streams), self.split_dim, inverted=inverted)
         watch = GridWatch()
         for part in parts:
             if part.steps is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -119,8 +118,8 @@ class ReversibleSequential(Reversible, nn.Sequential):
         """Returns a block, or for a slice the chain of those blocks, which share parameters."""
         if not isinstance(index, slice):
             return super().__getitem__(index)
-        blocks: Any = OrderedDict(list(self._modules.items())[index])
-        part = ReversibleSequential(blocks, split_dim=self.split_dim, log_det=self.log_det)
+        blocks = list(self)[index]
+        part = ReversibleSequential(*blocks, split_dim=self.split_dim, log_det=self.log_det)
         part.reversing, part.overlap = self.reversing, self.overlap
         return part
 
@@ -130,11 +129,11 @@ class ReversibleSequential(Reversible, nn.Sequential):
         # A list, because older Dynamos cannot trace max(..., default=1).
         return max([1, *[block.streams for block in self if isinstance(block, _OURS)]])
 
-    def _parts(self, count: int, *, inverted: bool) -> list[Part]:
+    def _parts(self, count: int, split_dim: int, *, inverted: bool) -> list[Part]:
         return [
             part
             for block in list(self)[:: -1 if inverted else 1]
-            for part in parts_of(block, count, self.split_dim, inverted=inverted)
+            for part in parts_of(block, count, split_dim, inverted=inverted)
         ]
 
     def extra_repr(self) -> str:

@@ -167,13 +167,13 @@ class Snapshot:
     def changes(self, others: Mapping[int, Tensor]) -> list[Change]:
         """Lists what the modules hold now and did not, but for `others`."""
         found: list[Change] = [
-            (table, name, value)
+            (table, name, held.get(name, _MISSING), value)
             for _, table, held in self._entries
             for name, value in table.items()
             if name not in held or others.get(id(held[name]), held[name]) is not value
         ]
         return found + [
-            (values, None, list(values))
+            (values, None, held, list(values))
             for values, held in self._lists
             if not _are_same(values, [others.get(id(value), value) for value in held])
         ]
@@ -203,29 +203,28 @@ class Snapshot:
 Held = tuple[Any, Any]
 """A table, a list or a module, and its entries, its values or its class."""
 
-Change = tuple[Any, Any, Any]
-"""A table, a name in it, and what is there; or a list, None, and all that is in it."""
+Change = tuple[Any, Any, Any, Any]
+"""A table, a name in it, what was there and what is; or a list, None, what it had and has."""
 
 _MISSING = object()
 
 
 @contextmanager
 def left_by(changes: Sequence[Change]) -> Iterator[None]:
-    """Lets changes be there again for a while; what is changed meanwhile stays so."""
+    """Lets what a run has left be there for a while, where nobody has left anything since.
+
+    What is changed meanwhile stays so.
+    """
     with TURN:
-        before = [
-            (place, name, list(place) if name is None else place.get(name, _MISSING))
-            for place, name, _ in changes
-        ]
-        _put(changes)
+        own = [change for change in changes if _is_there(*change[:3])]
+        _put([(place, name, value) for place, name, _, value in own])
         try:
             yield
         finally:
-            pairs = zip(changes, before, strict=True)
-            _put([old for new, old in pairs if _is_there(*new)])
+            _put([change[:3] for change in own if _is_there(*change[:2], change[3])])
 
 
-def _put(changes: Sequence[Change]) -> None:
+def _put(changes: Sequence[tuple[Any, Any, Any]]) -> None:
     for place, name, value in changes:
         if name is None:
             place[:] = value

@@ -62,13 +62,12 @@ class Survey:
         modules: All modules, each once; first the branch.
         name: That of the branch's class.
         snapshot: What they hold.
-        tensors: All other parameters, each once.
+        tensors: All parameters, each once.
         needed: Which of them require a gradient.
         leaves: Those that do.
         plain: Whether all of them are leaves.
-        buffers: Buffers, frozen parameters of modules of which nothing is known, and tensors in
-            attributes, that a second run must find as the first one found them; and but for the
-            last of these the training flags of their modules.
+        buffers: Buffers, and tensors in attributes, that a second run must find as the first one
+            found them, and for buffers the training flags of their modules.
         constants: Those that nothing may change, because no copy can take their place, or because
             the branch does not do so.
         norms: The attributes of batch norms in training, whose buffers no run reads.
@@ -106,8 +105,8 @@ class Survey:
             t for m in modules for t in (m._parameters, vars(m).get("_former_parameters", {}))
         ]
         tensors = dict.fromkeys(tensor for table in tables for tensor in table.values())
-        copied = {id(tensor) for tensor, _ in self.buffers}
-        self.tensors: list[Tensor] = [t for t in tensors if not (t is None or id(t) in copied)]
+        tensors.pop(None, None)
+        self.tensors: list[Tensor] = [*tensors]
         self.needed = needs_of(self.tensors)
         self.leaves = [tensor for tensor in self.tensors if tensor.requires_grad]
         self.plain = all(tensor.is_leaf for tensor in self.tensors)
@@ -142,9 +141,6 @@ class Survey:
             return
         buffers = [b for b in module._buffers.values() if not (b is None or is_lazy(b))]
         values = [] if self.contained else [*vars(module).values()]
-        if not is_self_contained(module):
-            frozen = (p for p in module._parameters.values() if p is not None)
-            buffers += [p for p in frozen if not (p.requires_grad or is_lazy(p))]
         # In a tuple nothing can be exchanged.
         tuples = [v for each in values if isinstance(each, tuple) for v in each]
         self.constants += filter(torch.is_tensor, tuples)
