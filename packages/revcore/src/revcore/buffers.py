@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -48,9 +49,12 @@ class Copy(NamedTuple):
         if trusted or buffer.is_meta or buffer.is_sparse or is_capturing(buffer.device):
             return False
         try:
+            if torch.equal(buffer, copy):
+                return False
+            # As numbers go, what is none is not equal to itself.
             same = (buffer == copy) | (buffer.isnan() & copy.isnan())
             return not bool(same.all())
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError):  # of a dtype that cannot be compared
             return True
 
 
