@@ -89,11 +89,14 @@ class Mixed(nn.Module):
         return torch.linalg.solve(self.matrix.T, y.transpose(-1, -2)).transpose(-1, -2)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("inner", [False, True])
-def test_the_streams_are_those_of_the_outer_chain(inner):
+def test_the_streams_are_those_of_the_outer_chain(inner, hooked):
     torch.manual_seed(0)
     mixed = Mixed()
     part = revcore.ReversibleSequential(mixed) if inner else memcnn.InvertibleModuleWrapper(mixed)
+    if hooked:
+        part.register_forward_hook(lambda *_: None)
     block = revcore.ReversibleBlock(nn.Linear(4, 4).double())
     chain = revcore.ReversibleSequential(block, part, split_dim=-1)
     x = torch.randn(3, 5, 8, dtype=torch.float64)

@@ -40,6 +40,7 @@ class Call:
         groups: Those of the container's branches at the call before.
         found: Those of this call.
         apart: Whether somebody gets the streams one by one.
+        split_dim: Dimension along which they are joined for modules that know nothing of them.
         given: The tensors among its extra arguments.
         measures: Whether the steps give their log-determinants.
         log_dets: Those that they have given.
@@ -52,6 +53,7 @@ class Call:
     groups: Groups = field(default_factory=Groups)
     found: dict[int, Group] = field(default_factory=dict)
     apart: bool = False
+    split_dim: int = 1
     given: Sequence[Tensor] = ()
     measures: bool = False
     log_dets: list[Tensor] = field(default_factory=list)

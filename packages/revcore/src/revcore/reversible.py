@@ -133,7 +133,7 @@ class Reversible(nn.Module):
     def _run(
         self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
     ) -> Streams:
-        parts = self._parts(len(streams), self.split_dim, inverted=inverted)
+        parts = self._parts(len(streams), call.split_dim, inverted=inverted)
         return run_parts(call, parts, streams, kwargs, inverted=inverted)
 
     def _alone(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
@@ -142,7 +142,8 @@ class Reversible(nn.Module):
         # Not by setattr, which takes longer for a module.
         groups = vars(self).setdefault("_groups", Groups())
         given = tensors_of(kwargs)
-        call = Call(tape, groups, apart=len(x) > 1, given=given, measures=self.log_det)
+        call = Call(tape, groups, given=given, measures=self.log_det)
+        call.apart, call.split_dim = len(x) > 1, self.split_dim
         thread.call = call
         try:
             call.expect(streams)
