@@ -1,6 +1,7 @@
 """What branches hold and change as they run, and what others change before the backward pass."""
 
 import copy
+from collections import deque
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import revcore
+from revcore.buffers import copy_all
 
 
 @pytest.fixture
@@ -294,6 +296,36 @@ def test_sparse_buffers(x):
 
     chain = assert_as_stored(lambda: chain_of_branches(Graph()), x, take, steps=1)
     assert len(list(chain.buffers())) == 0
+
+
+class Neighbours(nn.Module):
+    """Has a large constant in a plain attribute, dense or sparse."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        table = torch.eye(256)
+        self.table = table if layout == "dense" else getattr(table, f"to_sparse_{layout}")()
+
+    def forward(self, x):
+        return self.linear(x) * (self.table @ torch.ones(256, 1)).sum() / 256
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", ["dense", "coo", "csr"])
+def test_large_constants_are_not_copied_in_each_call(layout, monkeypatch):
+    # torch cannot copy all layouts, so there is no deep copy.
+    chain = revcore.ReversibleBlock(Neighbours(layout), Neighbours(layout))
+    counts = deque()
+
+    def counting(buffers):
+        counts.append(len(buffers))
+        return copy_all(buffers)
+
+    monkeypatch.setattr("revcore.replay.copy_all", counting)
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(step_of(chain, x), step_of(chain, x))
+    assert list(counts) == [1, 1, 0, 0]
 
 
 class Permuted(nn.Module):

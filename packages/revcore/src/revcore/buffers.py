@@ -44,9 +44,15 @@ class Copy(NamedTuple):
         buffer, training, count, copy = self
         if version(buffer) != count:
             return True
-        # A large attribute is a result or a cache, which is new in each call.
+        # A large attribute is a result or a cache, which is new in each call; sparse ones are not
+        # to be compared.
         trusted = training is None and is_large(buffer)
-        if trusted or buffer.is_meta or buffer.is_sparse or is_capturing(buffer.device):
+        if (
+            trusted
+            or buffer.is_meta
+            or buffer.layout is not torch.strided
+            or is_capturing(buffer.device)
+        ):
             return False
         try:
             if torch.equal(buffer, copy):

@@ -23,7 +23,9 @@ from torch import Tensor
 from revcore.autocast import no_autocast_cache
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch
-from revcore.replay import Replay, Seen, run_branch
+from revcore.replay import Replay
+from revcore.running import run_branch
+from revcore.seen import Seen
 from revcore.step import Step
 from revcore.streams import Streams, dense
 from revcore.survey import Group, Groups

@@ -56,7 +56,8 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
     # A chain of one step whose input is kept, so that the step need not be undone.
     tape = Tape()
     tape.drift = None
-    for index in (0, 1):  # nor is anything done with what it gives
+    # It also stands for what the step gives, which may change or be gone: nothing needs that.
+    for index in (0, 1):
         tape.keep(index, (x,))
     call = Call(tape, given=tensors_of(kwargs))
     (y,) = run_in(call, [InvertibleStep(module, 1, 0)], (x,), kwargs)

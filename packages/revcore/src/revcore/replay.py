@@ -14,25 +14,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_pre_hooks
-from torch.nn.utils import parametrize
 
-from revcore.arguments import Arguments, exchange, takes_gradient, tensors_of
+from revcore.arguments import exchange, takes_gradient, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.buffers import Copy, copy_all, settle
 from revcore.graph import differentiate, warn_of_a_result
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states, is_capturing
-from revcore.remember import Memory, thread
+from revcore.remember import Memory
+from revcore.running import run_branch
+from revcore.seen import Seen
 from revcore.snapshot import Change, Snapshot, fill, left_by
 from revcore.step import Pullback
-from revcore.survey import Group, Survey, needs_of
+from revcore.survey import Survey, needs_of
 from revcore.turns import TURN
-from revcore.versions import changed, contents, version
+from revcore.versions import changed, version
 
 _CAPTURING = (
     "random numbers in a reversible branch cannot be replayed while a CUDA graph is being captured."
@@ -44,78 +44,11 @@ _OTHER_DRAWS = (
     "call. Draw in that thread from a torch.Generator of its own."
 )
 
-_hooks = attrgetter("_backward_hooks")
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
 _NOTHING: Mapping[int, Tensor] = {}
 _NO_CHANGES: list[Change] = []
 _AS_IT_IS = nullcontext()
-
-
-class Seen:
-    """What some branches are made of when they run first, one after the other.
-
-    Args:
-        group: The branches.
-        kwargs: Extra keyword arguments for them.
-        given: The tensors among these, as the call began.
-
-    Attributes:
-        given: The same.
-        kwargs: The same.
-        same: Whether all is as it was, while somebody knows it; None otherwise.
-        usual: Whether then nothing has to be exchanged for a repetition.
-        ran: Whether a branch has run that may have changed what another one holds.
-        quick: Whether the first runs have neither arguments nor autocast.
-    """
-
-    same: bool | None = None
-    usual = ran = False
-
-    def __init__(self, group: Group, kwargs: Arguments, given: Sequence[Tensor]) -> None:
-        self._group = group
-        self.given = given
-        self.kwargs = kwargs
-        self._tensors, self._needed = group.tensors, group.needed
-        if kwargs:
-            self._tensors = [*group.tensors, *tensors_of(kwargs)]
-            self._needed = needs_of(self._tensors)
-        self._contents = contents(self._tensors)
-        self.quick = not (kwargs or _is_any_autocast_enabled())
-
-    def look(self) -> bool:
-        """Tells whether the modules are as they were.
-
-        Raises:
-            RuntimeError: If a parameter, an argument or a constant was changed in place.
-        """
-        now = contents(self._tensors)
-        if now != self._contents:
-            changes = zip(self._tensors * 2, now, self._contents, strict=True)
-            raise changed(self.name(next(tensor for tensor, a, b in changes if a != b)))
-        same = self._group.snapshot.holds()
-        self.usual = (
-            same
-            and needs_of(self._tensors) == self._needed
-            and not any(map(_hooks, self._tensors))
-            and not (self._tensors and is_capturing(self._tensors[0].device))
-            and not _is_any_autocast_enabled()
-            and not _global_forward_pre_hooks
-        )
-        return same
-
-    def name(self, tensor: Tensor) -> str:
-        """Says which tensor this is."""
-        for module in self._group.modules:
-            tables = {"parameter": module._parameters, "buffer": module._buffers}
-            for kind, table in {**tables, "attribute": vars(module)}.items():
-                for name, value in table.items():
-                    if value is tensor:
-                        return f"{kind} {name!r} of {type(module).__name__}"
-        items = self.kwargs.items()
-        names = [n for n, v in items if any(t is tensor for t in tensors_of({n: v}))]
-        branches = {type(branch).__name__ for branch in self._group.branches}
-        return f"argument {names[0]!r}" if names else f"a tensor of {' or '.join(sorted(branches))}"
 
 
 class Replay(Memory):
@@ -246,7 +179,7 @@ class Replay(Memory):
             RuntimeError: If a parameter, buffer or argument has changed since, or the branch draws
                 other random numbers than before.
         """
-        clones = {id(buffer): copy.clone() for buffer, *_, copy in self._copies}
+        clones = self._clones()
         if call is not None:
             t = self._repeat(x, clones, [], call)
             # That way may change what the first run did not.
@@ -290,9 +223,7 @@ class Replay(Memory):
                 with TURN, survey.untracked:
                     t = self._draw_again(self._run, x)
             else:
-                # Clones, because a graph that is retained may be run backward again.
-                clones = {id(buffer): copy.clone() for buffer, *_, copy in self._copies}
-                aliases, left = {**aliases, **clones}, []
+                aliases, left = {**aliases, **self._clones()}, []
                 # What counts modules' gradients (torch's FlopCounterMode) cannot count a leaf's.
                 view = x.view_as(x) if _global_forward_pre_hooks else x
                 t = self._repeat(view, aliases, left)
@@ -304,6 +235,13 @@ class Replay(Memory):
             counts = [version(aliases[id(each.buffer)]) for each in self._copies]
             pull = partial(self._pull, pull, left, aliases, counts)
         return t, pull
+
+    def _clones(self) -> dict[int, Tensor]:
+        """Copies what the first run found in buffers, by their `id`.
+
+        Copies of copies, because a graph that is retained may be run backward again.
+        """
+        return {id(buffer): copy.clone() for buffer, *_, copy in self._copies}
 
     def _stand_ins(self, x: Tensor) -> Mapping[int, Tensor]:
         """Creates what takes the place of parameters and arguments in a repetition, by `id`.
@@ -427,7 +365,7 @@ class Replay(Memory):
     ) -> Iterator[None]:
         """Lets the branch's modules hold what they held, but for `aliases`.
 
-        What is run meanwhile may have `left` something else there.
+        What they hold in the end beside that is added to `left`.
         """
         survey = self._survey
         for buffer, _, count, _ in self._still:
@@ -447,59 +385,3 @@ class Replay(Memory):
                 snapshot.put_back(_NOTHING)
         for module, name in results:
             warn_of_a_result(survey.modules[0], module, name)
-
-
-def run_branch(
-    call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory | None = None
-) -> Tensor:
-    """Calls a branch, and refuses one whose result could not be reversed.
-
-    Args:
-        call: Runs the branch.
-        x: Its input.
-        kwargs: Its extra arguments.
-        memory: What `revcore.remember` in the branch asks; None for that of a branch around it.
-
-    Raises:
-        TypeError: If the branch returns anything but a tensor.
-        RuntimeError: If the branch changes its input in place.
-    """
-    counted = not x.is_inference()
-    before = x._version if counted else 0
-    if memory is None and not parametrize._cache_enabled:
-        t = call(x, **kwargs)
-    else:
-        t = _remembering(call, x, kwargs, memory)
-    if not isinstance(t, Tensor):
-        raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
-    if counted and x._version != before:
-        raise RuntimeError(
-            f"branch {_name(call)} changes its input in place, which destroys the stream that it "
-            "reads. Start the branch with an operation that is not in place, such as "
-            "nn.ReLU(inplace=False)."
-        )
-    return t
-
-
-def _remembering(
-    call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory | None
-) -> Any:
-    outer = thread.memory
-    if memory is not None:
-        memory.outer, memory.position, thread.memory = outer, 0, memory
-    # A weight that parametrize.cached() keeps from one run would have no graph in the other. Taken
-    # off and added again, because torch counts so, and another thread may do the same meanwhile.
-    cached = parametrize._cache_enabled
-    parametrize._cache_enabled -= cached
-    try:
-        t = call(x, **kwargs)
-        if memory is not None:
-            memory.close()
-    finally:
-        thread.memory = outer
-        parametrize._cache_enabled += cached
-    return t
-
-
-def _name(call: Callable[..., Any]) -> str:
-    return type(getattr(call, "__self__", call)).__name__

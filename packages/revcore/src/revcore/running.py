@@ -1,0 +1,68 @@
+"""Calling a branch, and refusing one whose result could not be reversed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from revcore.arguments import Arguments
+from revcore.remember import Memory, thread
+
+
+def run_branch(
+    call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory | None = None
+) -> Tensor:
+    """Calls a branch, and refuses one whose result could not be reversed.
+
+    Args:
+        call: Runs the branch.
+        x: Its input.
+        kwargs: Its extra arguments.
+        memory: What `revcore.remember` in the branch asks; None for that of a branch around it.
+
+    Raises:
+        TypeError: If the branch returns anything but a tensor.
+        RuntimeError: If the branch changes its input in place.
+    """
+    counted = not x.is_inference()
+    before = x._version if counted else 0
+    if memory is None and not parametrize._cache_enabled:
+        t = call(x, **kwargs)
+    else:
+        t = _remembering(call, x, kwargs, memory)
+    if not isinstance(t, Tensor):
+        raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
+    if counted and x._version != before:
+        raise RuntimeError(
+            f"branch {_name(call)} changes its input in place, which destroys the stream that it "
+            "reads. Start the branch with an operation that is not in place, such as "
+            "nn.ReLU(inplace=False)."
+        )
+    return t
+
+
+def _remembering(
+    call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory | None
+) -> Any:
+    outer = thread.memory
+    if memory is not None:
+        memory.outer, memory.position, thread.memory = outer, 0, memory
+    # A weight that parametrize.cached() keeps from one run would have no graph in the other. Taken
+    # off and added again, because torch counts so, and another thread may do the same meanwhile.
+    cached = parametrize._cache_enabled
+    parametrize._cache_enabled -= cached
+    try:
+        t = call(x, **kwargs)
+        if memory is not None:
+            memory.close()
+    finally:
+        thread.memory = outer
+        parametrize._cache_enabled += cached
+    return t
+
+
+def _name(call: Callable[..., Any]) -> str:
+    return type(getattr(call, "__self__", call)).__name__
