@@ -40,25 +40,13 @@ def test_example_of_the_first_releases():
     assert torch.allclose(x, block.inverse(y), atol=1e-06)
 
 
-class Scaled(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, width).double())
-
-    def forward(self, x):
-        return x * self.weight.exp()
-
-    def inverse(self, y):
-        return y / self.weight.exp()
-
-
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_wrapper_of_any_module_in_a_chain(keep, apart):
     blocks = [
-        memcnn.InvertibleModuleWrapper(Scaled(8), keep_input=keep),
+        memcnn.InvertibleModuleWrapper(Scale().double(), keep_input=keep),
         memcnn.ReversibleBlock(nn.Linear(4, 4).double()),
-        memcnn.InvertibleModuleWrapper(Scaled(8), keep_input_inverse=keep),
+        memcnn.InvertibleModuleWrapper(Scale().double(), keep_input_inverse=keep),
     ]
     chain = revcore.ReversibleSequential(*blocks)
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
