@@ -5,6 +5,7 @@ import torch
 from cases import make_case
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 import revcore
 
@@ -299,3 +300,12 @@ def test_lazy_buffers():
     lazy = revcore.ReversibleBlock(norm, nn.Linear(4, 4))
     with pytest.raises(RuntimeError, match="has lazy parameters"):
         lazy(torch.randn(3, 8, requires_grad=True))
+
+
+def test_a_reentrant_checkpoint_in_a_branch():
+    linear = nn.Linear(4, 4)
+    chain = block(Lambda(lambda x: checkpoint(linear, x, use_reentrant=True)))
+    chain.coupling.f.linear = chain.coupling.g.linear = linear
+    y = chain(torch.randn(2, 8, requires_grad=True))
+    with pytest.raises(RuntimeError, match="branch Lambda calls .* with use_reentrant=True"):
+        y.sum().backward()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cases import traceable
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 
 import revcore
 
@@ -268,6 +269,32 @@ def test_weights_that_parametrize_caches(device, x):
     with parametrize.cached():
         _, found = step(chain, x)
     assert same(found, right)
+
+
+def test_parametrizations_with_state_that_parametrize_caches(device, x):
+    chain = make_chain(nn.Linear(4, 4)).to(device)
+    for block in chain:
+        for linear in (block.coupling.f, block.coupling.g):
+            spectral_norm(linear)
+    twin = stored(chain)
+    plain = copy.deepcopy(chain)
+
+    def loop(x):
+        a, b = x.chunk(2, 1)
+        for block in plain:
+            a = a + block.coupling.f(b)
+            b = b + block.coupling.g(a)
+        return torch.cat((a, b), 1)
+
+    with parametrize.cached():
+        right = [loop(x), loop(2 * x)]
+    with parametrize.cached():
+        found = [twin(x), twin(2 * x)]  # a cached weight is computed once, and so is its state
+    torch.testing.assert_close(found, right)
+    with parametrize.cached(), pytest.raises(RuntimeError, match=r"Leave cached\(\) away"):
+        chain(x.requires_grad_())
+    assert not parametrize._cache_enabled
+    chain.eval()(x).sum().backward()
 
 
 class Noisy(nn.Module):

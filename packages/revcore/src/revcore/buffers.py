@@ -2,7 +2,8 @@
 
 Most changes of a tensor are counted by torch. `F.batch_norm` does not count those of running
 statistics, nor does anybody those of `.data`. So small buffers are copied before each run, and
-larger ones, such as a mask, until it is known of them that they stay as they are.
+larger ones, such as a mask, until it is known of them that they stay as they are: copies of them in
+each block would be memory that grows with depth.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from revcore.randomness import is_capturing
 from revcore.versions import version
 
-_LARGE = 2**16  # bytes
+_LARGE = 2**11  # bytes
 
 # What runs have done with large buffers, by the training flag of their module: the version at which
 # one was left alone, or None if one was changed without being counted.
@@ -41,18 +42,11 @@ class Copy(NamedTuple):
 
     def has_moved(self) -> bool:
         """Tells whether the run has changed it, as far as the host can ask."""
-        buffer, training, count, copy = self
+        buffer, _, count, copy = self
         if version(buffer) != count:
             return True
-        # A large attribute is a result or a cache, which is new in each call; sparse ones are not
-        # to be compared.
-        trusted = training is None and is_large(buffer)
-        if (
-            trusted
-            or buffer.is_meta
-            or buffer.layout is not torch.strided
-            or is_capturing(buffer.device)
-        ):
+        # Sparse ones cannot be compared.
+        if buffer.is_meta or buffer.layout is not torch.strided or is_capturing(buffer.device):
             return False
         try:
             if torch.equal(buffer, copy):
@@ -72,6 +66,12 @@ def is_large(buffer: Tensor) -> bool:
 def stays(buffer: Tensor, training: bool | None) -> bool:
     """Tells whether a buffer is one that runs leave alone, by the flag of its module."""
     return is_large(buffer) and _known.get(buffer, {}).get(training) == version(buffer)
+
+
+def copy_always(buffers: Sequence[Tensor]) -> None:
+    """Says that any run may change buffers."""
+    for buffer in filter(is_large, buffers):
+        _known[buffer] = {True: None, False: None}
 
 
 def is_settled(buffer: Tensor, training: bool | None) -> bool:

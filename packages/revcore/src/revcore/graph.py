@@ -43,7 +43,16 @@ def differentiate(
         grad = grad.to(t.dtype)
     # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:
     # keep the graph, create one, allow inputs that were not used, accumulate into .grad.
-    found: Sequence[Tensor | None] = _run_backward((t,), (grad,), False, False, wanted, True, False)
+    try:
+        found: Any = _run_backward((t,), (grad,), False, False, wanted, True, False)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            f"branch {survey.name} calls torch.utils.checkpoint with use_reentrant=True, which "
+            "cannot be differentiated in a reversible chain. Pass use_reentrant=False, or call the "
+            "module without it: a chain keeps no activations of its branches."
+        ) from error
     return found if wanted is inputs else (None, *found)
 
 
@@ -98,7 +107,8 @@ def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
     return ForeignLeafError(
         f"{what} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is "
         "neither its input nor one of its parameters; it would get no gradient. Register it as an "
-        "nn.Parameter of the branch, pass it by keyword (chain(x, name=tensor)), detach it, or "
+        "nn.Parameter of the branch, pass it by keyword (chain(x, name=tensor), itself or in a "
+        "dict, list or tuple), detach it, or "
         "store the activations: revcore.set_reversing(model, False). With FSDP apply fully_shard "
         "to the block, not to its branch."
     )

@@ -312,7 +312,7 @@ class Replay(Memory):
         run: tuple[Any, ...] = (self._call, x, kwargs, self)
         snapshot = self._snapshot
         if inverse is not None and self._end is not None:
-            run, snapshot = (inverse, x, kwargs, None), self._end
+            run, snapshot = (inverse, x, kwargs, Memory()), self._end
         same = self._is_same(snapshot)
         cast = self._autocast or _is_any_autocast_enabled()
         if same and self._survey.repeats_simply and not (aliases or cast):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from revcore.arguments import Arguments
@@ -21,18 +21,16 @@ def run_branch(
         call: Runs the branch.
         x: Its input.
         kwargs: Its extra arguments.
-        memory: What `revcore.remember` in the branch asks; None for that of a branch around it.
+        memory: What `revcore.remember` in the branch asks, if there are two runs; None for that of
+            a branch around it.
 
     Raises:
         TypeError: If the branch returns anything but a tensor.
-        RuntimeError: If the branch changes its input in place.
+        RuntimeError: If the branch changes its input in place, or cannot run twice.
     """
     counted = not x.is_inference()
     before = x._version if counted else 0
-    if memory is None and not parametrize._cache_enabled:
-        t = call(x, **kwargs)
-    else:
-        t = _remembering(call, x, kwargs, memory)
+    t = call(x, **kwargs) if memory is None else _remembering(call, x, kwargs, memory)
     if not isinstance(t, Tensor):
         raise TypeError(f"branch {_name(call)} must return one tensor, got {type(t).__name__}")
     if counted and x._version != before:
@@ -44,24 +42,35 @@ def run_branch(
     return t
 
 
-def _remembering(
-    call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory | None
-) -> Any:
+def _remembering(call: Callable[..., Any], x: Tensor, kwargs: Arguments, memory: Memory) -> Any:
     outer = thread.memory
-    if memory is not None:
-        memory.outer, memory.position, thread.memory = outer, 0, memory
+    memory.outer, memory.position, thread.memory = outer, 0, memory
     # A weight that parametrize.cached() keeps from one run would have no graph in the other. Taken
     # off and added again, because torch counts so, and another thread may do the same meanwhile.
     cached = parametrize._cache_enabled
+    if cached:
+        _refuse_parametrizations_with_state(getattr(call, "__self__", call))
     parametrize._cache_enabled -= cached
     try:
         t = call(x, **kwargs)
-        if memory is not None:
-            memory.close()
+        memory.close()
     finally:
         thread.memory = outer
         parametrize._cache_enabled += cached
     return t
+
+
+def _refuse_parametrizations_with_state(module: Any) -> None:
+    """Raises for one that would change its state once in a cache, and here in each call."""
+    for part in module.modules() if isinstance(module, nn.Module) else ():
+        state = part.parametrizations if parametrize.is_parametrized(part) else None
+        if isinstance(state, nn.Module) and state.training and any(True for _ in state.buffers()):
+            raise RuntimeError(
+                f"a reversible branch cannot use what parametrize.cached() keeps, and a "
+                f"parametrization of {type(part).__name__} has buffers, as spectral_norm has, "
+                "which would then change in every call. Leave cached() away, or store the "
+                "activations: revcore.set_reversing(model, False)."
+            )
 
 
 def _name(call: Callable[..., Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revcore.buffers import is_settled, stays
+from revcore.buffers import copy_always, is_settled, stays
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.known import BATCH_NORMS, are_of_torch, draw, is_self_contained
 from revcore.snapshot import Snapshot, containers_of
@@ -140,6 +140,9 @@ class Survey:
             self.norms.append(vars(module))
             return
         buffers = [b for b in module._buffers.values() if not (b is None or is_lazy(b))]
+        if norm:
+            # Another call may change them, uncounted, after one in evaluation.
+            copy_always(buffers)
         values = [] if self.contained else [*vars(module).values()]
         # In a tuple nothing can be exchanged.
         tuples = [v for each in values if isinstance(each, tuple) for v in each]
