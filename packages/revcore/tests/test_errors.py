@@ -307,5 +307,5 @@ def test_a_reentrant_checkpoint_in_a_branch():
     chain = block(Lambda(lambda x: checkpoint(linear, x, use_reentrant=True)))
     chain.coupling.f.linear = chain.coupling.g.linear = linear
     y = chain(torch.randn(2, 8, requires_grad=True))
-    with pytest.raises(RuntimeError, match="branch Lambda calls .* with use_reentrant=True"):
+    with pytest.raises(RuntimeError, match=r"branch Lambda calls .* with use_reentrant=True"):
         y.sum().backward()

@@ -22,7 +22,11 @@ def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
     Returns:
         The same, with others in the place of some.
     """
-    if torch.compiler.is_compiling():
+    # A loop, which takes half of the time of a list.
+    for step in steps:
+        if _adds(step.branch) and not torch.compiler.is_compiling():
+            break
+    else:
         return steps
     return [
         AddingStep(step.scheme, step.branch, step.target, step.source, inverted=step.inverted)

@@ -12,7 +12,13 @@ _GLOBAL = [vars(_module)[f"_global{name}"] for name in HOOKS]
 
 def has_hooks(module: nn.Module) -> bool:
     """Tells whether a module has hooks of its own."""
-    return any(map(vars(module).get, HOOKS))
+    own = vars(module)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def has_global_hooks() -> bool:

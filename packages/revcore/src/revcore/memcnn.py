@@ -171,6 +171,7 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
     """
 
     _wraps = nn.Module
+    _key = "_fn"
     coupling = property(lambda self: self._fn)
 
     def __init__(  # noqa: PLR0917 - MemCNN's arguments

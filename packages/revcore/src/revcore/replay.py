@@ -371,17 +371,21 @@ class Replay(Memory):
         for buffer, _, count, _ in self._still:
             if version(buffer) != count:
                 raise changed(self.seen.name(buffer))
-        others = [] if same and not aliases else snapshot.put_back(aliases, same=same)
+        loan = snapshot.lend(aliases) if same else None
+        others = snapshot.put_back(aliases) if loan is None else []
         try:
             with survey.untracked:
                 yield
         finally:
             # The first run may have left all as it was, where this one has left something.
-            untouched = same and (survey.contained or snapshot.holds())
-            results = [] if untouched else snapshot.new_results()
-            left += [] if untouched else snapshot.changes(aliases)
-            fill(others)
-            if same and not untouched:
-                snapshot.put_back(_NOTHING)
+            there = loan is not None and loan.give_back()
+            if there and (survey.contained or snapshot.holds()):
+                results = []
+            else:
+                results = snapshot.new_results()
+                left += snapshot.changes(_NOTHING if there else aliases)
+                fill(others)
+                if same:
+                    snapshot.put_back(_NOTHING)
         for module, name in results:
             warn_of_a_result(survey.modules[0], module, name)

@@ -10,7 +10,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 
 from revcore.hooks import HOOKS
 from revcore.known import is_self_contained
@@ -19,11 +19,9 @@ from revcore.versions import versions
 
 Table = dict[Any, Any]
 
-# The last two tell how hooks are called.
-_TABLES = (
-    *("_modules", "_parameters", "_buffers", *HOOKS),
-    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
-)
+_TABLES = ("_modules", "_parameters", "_buffers", *HOOKS)
+# They tell how hooks are called, if there are any.
+_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _OF_ALL = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, OrderedDict, defaultdict, list)
 _MANY = 1000
@@ -67,6 +65,7 @@ class Snapshot:
                 continue
             own = vars(module)
             tables = [own, *[own[name] for name in _TABLES if own.get(name) is not None]]
+            tables += [own[name] for name in _OF_HOOKS if own.get(name)]
             contained = is_self_contained(module)
             for container in () if contained else containers_of(module):
                 if isinstance(container, list):
@@ -86,6 +85,9 @@ class Snapshot:
         # what is asked.
         self._equals, _, self._equal = _columns(self._quick)
         self._sames, self._names, self._same = _columns(self._slow)
+        self._with_tensors = [
+            (table, held) for _, table, held in self._entries if any(map(is_tensor, held.values()))
+        ]
 
     @classmethod
     def join(cls, parts: Sequence[Snapshot]) -> Snapshot:
@@ -115,12 +117,30 @@ class Snapshot:
             and not (self.scripted and [*map(_state_of, self.scripted)] != self._states)
         )
 
-    def put_back(self, others: Mapping[int, Tensor], *, same: bool = False) -> list[Held]:
+    def lend(self, others: Mapping[int, Tensor]) -> Loan | None:
+        """Lets modules that hold what they held hold other tensors in the place of some.
+
+        Args:
+            others: These tensors, by the `id` of those whose place they take.
+
+        Returns:
+            What is to be given back; None, and nothing is changed, if it is not that simple.
+        """
+        if others and (self._lists or self.scripted):
+            return None
+        loan = Loan()
+        for table, held in self._with_tensors if others else ():
+            if not others.keys().isdisjoint(map(id, held.values())):
+                lent = {name: others.get(id(value), value) for name, value in held.items()}
+                loan.append((table, held, lent))
+                table.update(lent)
+        return loan
+
+    def put_back(self, others: Mapping[int, Tensor]) -> list[Held]:
         """Makes the modules hold again what they held.
 
         Args:
             others: Tensors to put in the place of some, by their `id`.
-            same: Whether they hold it now.
 
         Returns:
             Places and what they held until now, for `fill`.
@@ -155,8 +175,6 @@ class Snapshot:
             wanted = held
             if not others.keys().isdisjoint(map(id, held.values())):
                 wanted = {name: others.get(id(value), value) for name, value in held.items()}
-            elif same:
-                continue
             undo.append((table, dict(table)))
             fill([(table, wanted)])
         for values, held_values in self._lists:
@@ -198,6 +216,24 @@ class Snapshot:
             # A weight that is computed from a weight_orig or weight_g beside it is none.
             and not any(f"{name}{end}" in module._parameters for end in ("_orig", "_g", "_v"))
         ]
+
+
+class Loan(list[tuple[Table, Table, Table]]):
+    """Tables, what they held, and what they have been lent."""
+
+    def give_back(self) -> bool:
+        """Lets the tables hold what they held, if they hold what they have been lent.
+
+        Returns:
+            Whether they did; else nothing is changed.
+        """
+        there = all(
+            _are_same([*table.values()], [*lent.values()]) and table.keys() == lent.keys()
+            for table, _, lent in self
+        )
+        for table, held, _ in self if there else ():
+            table.update(held)
+        return there
 
 
 Held = tuple[Any, Any]
