@@ -137,7 +137,8 @@ class Replay(Memory):
             self.seen.ran = True
             copies = copy_all(survey.buffers)
             t = self._draw(x)
-            if copies:
+            self._copies = copies
+            if not survey.settled:
                 self._copies, self._still = settle(copies)
             return t
 

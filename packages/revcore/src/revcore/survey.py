@@ -68,6 +68,7 @@ class Survey:
         plain: Whether all of them are leaves.
         buffers: Buffers, and tensors in attributes, that a second run must find as the first one
             found them, and for buffers the training flags of their modules.
+        settled: Whether it is known of all of these that they are to be copied in each run.
         constants: Those that nothing may change, because no copy can take their place, or because
             the branch does not do so.
         norms: The attributes of batch norms in training, whose buffers no run reads.
@@ -120,11 +121,12 @@ class Survey:
             Untracked(self.norms) if self.norms else nullcontext()
         )
         self.repeats_simply = self.simple and not (self.norms or self.draws)
+        self.settled = all(is_settled(buffer, flag) for buffer, flag in self.buffers)
         # Of what was computed from other parameters (functional_call) nothing must stay alive, nor
         # what an attribute or a hook holds that is removed.
         self.lasts = self.plain and not (
             self.lazy
-            or not all(is_settled(buffer, flag) for buffer, flag in self.buffers)
+            or not self.settled
             or self.snapshot.scripted
             or has_global_hooks()
             or any(map(has_hooks, modules))
