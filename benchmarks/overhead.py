@@ -47,7 +47,30 @@ def attention(width: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Dropout(0.1))
 
 
-BRANCHES = {"linear": linear, "mlp": mlp, "batch norm": norm, "dropout": attention}
+class Own(nn.Module):
+    """The branch of `norm` as a module of one's own, of which nothing is known."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x).relu())
+
+
+@revcore.self_contained
+class Declared(Own):
+    """The same, of which it is said that it uses nothing from elsewhere."""
+
+
+BRANCHES = {
+    "linear": linear,
+    "mlp": mlp,
+    "batch norm": norm,
+    "dropout": attention,
+    "own class": Own,
+    "own class, declared": Declared,
+}
 
 
 def plain(pairs: Pairs) -> Net:

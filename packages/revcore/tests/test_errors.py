@@ -309,3 +309,23 @@ def test_a_reentrant_checkpoint_in_a_branch():
     y = chain(torch.randn(2, 8, requires_grad=True))
     with pytest.raises(RuntimeError, match=r"branch Lambda calls .* with use_reentrant=True"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("frees", [True, False])
+def test_parameters_that_fsdp_has_freed_meanwhile(frees):
+    chain = block()
+    y = chain(torch.randn(2, 8, requires_grad=True))
+    storage = chain.coupling.g.weight.untyped_storage()
+    if frees:
+        storage.resize_(0)
+        with pytest.raises(RuntimeError, match=r"parameters of branch Linear were freed .*reshard"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+
+
+def test_streams_that_fsdp_casts():
+    chain = revcore.ReversibleSequential(block(), block())
+    chain[1].register_forward_pre_hook(lambda _, streams: tuple(x.bfloat16() for x in streams))
+    with pytest.raises(RuntimeError, match=r"were cast, .* cast_forward_inputs=False"):
+        chain(torch.randn(2, 8, requires_grad=True))

@@ -234,3 +234,122 @@ def test_a_weight_that_is_cast_twice_has_the_same_bits_as_stored(device):
             chain(x).square().sum().backward()
         found.append([p.grad.clone() for p in chain.parameters()])
     assert all(map(torch.equal, *found))
+
+
+class Conditioned(nn.Module):
+    """Reads a condition twice, as a feature-wise affine transformation does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale, self.shift = nn.Linear(4, 4), nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x, condition):
+        return torch.tanh(self.linear(x)) * self.scale(condition) + self.shift(condition)
+
+
+class Counted(nn.Module):
+    """Uses a weight twice, and counts its runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.runs = nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.runs += 1
+        return self.linear(self.linear(x).tanh())
+
+
+class Recurrent(nn.Module):
+    """Uses its weights in each step, and keeps them in a list, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1]
+
+
+def with_a_condition(net, x):
+    embedded = net.embedding(x[:, :5])
+    return net.chain(x, condition=embedded).square().mean()
+
+
+def with_a_penalty(net, x):
+    return net.chain(x).square().mean() + sum(p.square().sum() for p in net.parameters())
+
+
+def twice(net, x):
+    return net.chain(x).square().mean() + net.chain(x[:3] * 2).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("branch", "loss"),
+    [
+        (Conditioned, with_a_condition),
+        (Counted, with_a_penalty),
+        (Counted, twice),
+        (Recurrent, twice),
+    ],
+)
+def test_uses_in_one_branch_add_up_as_in_the_stored_chain(branch, loss, device):
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.embedding, net.chain = nn.Linear(5, 3), make_chain(branch, 3)
+    net.to(device)
+    twin = revcore.set_reversing(copy.deepcopy(net), False)
+    parameters = list(twin.parameters())
+    for one in (net, twin):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.05)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss(one, torch.randn(7, 8, device=device)).backward()
+            optimizer.step()
+    assert all(map(same_bits, net.state_dict().values(), twin.state_dict().values()))
+    assert all(one is two for one, two in zip(parameters, twin.parameters(), strict=True))
+    counts = [[m.runs for m in one.modules() if isinstance(m, Counted)] for one in (net, twin)]
+    assert counts[0] == counts[1]
+
+
+class Failing(Counted):
+    def forward(self, x):
+        if len(x) == 1:
+            raise ArithmeticError
+        return super().forward(x)
+
+
+def test_parameters_are_in_their_places_after_an_exception_where_activations_are_stored():
+    chain = revcore.set_reversing(make_chain(Failing, 1), False)
+    parameters = list(chain.parameters())
+    with pytest.raises(ArithmeticError):
+        chain(torch.randn(1, 8))
+    assert all(one is two for one, two in zip(parameters, chain.parameters(), strict=True))
+
+
+class Outside(nn.Module):
+    """Depends on something that no chain can know of."""
+
+    scale = (1.0,)
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) * self.scale[0]
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_other_bits_in_the_second_run_are_an_error(direction, device, monkeypatch):
+    chain = make_chain(Outside, 2).to(device)
+    for frozen in (False, True):
+        chain[0].requires_grad_(not frozen)
+        x = torch.randn(5, 8, device=device, requires_grad=not frozen)
+        run = chain if direction == "forward" else chain.inverse
+        run(x).sum().backward()
+        y = run(x)
+        monkeypatch.setattr(Outside, "scale", (1.0 + 1e-3,))
+        with pytest.raises(RuntimeError, match="was not reconstructed bit for bit"):
+            y.sum().backward()
+        monkeypatch.undo()

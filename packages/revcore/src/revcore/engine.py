@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from revcore.autocast import no_autocast_cache
+from revcore.gather import gathered_arguments, gathered_parameters
 from revcore.graph import refuse_foreign_leaves
-from revcore.grid import GridWatch
+from revcore.grid import GridWatch, sums_of
 from revcore.replay import Replay
 from revcore.running import run_branch
 from revcore.seen import Seen
@@ -75,11 +76,17 @@ class Call:
         """Raises if these are not the streams that are expected."""
         tip, counts = self.tip
         if versions(streams) != counts or not all(map(_same_data, streams, tip)):
+            cast = [x.dtype for x in streams] != [x.dtype for x in tip]
+            way = (
+                "With FSDP's MixedPrecisionPolicy use cast_forward_inputs=False, and autocast."
+                if cast
+                else "Make the change a block of its own, or split the chain there; compile "
+                "branches (branch.compile()) or the chain."
+            )
             raise RuntimeError(
-                "the streams between two blocks of a reversible chain were changed, by a hook, an "
-                "in-place operation, a coupling's own forward or block.compile(), so the chain "
-                "cannot be reversed. Make the change a block of its own, or split the chain there; "
-                "compile branches (branch.compile()) or the chain."
+                f"the streams between two blocks of a reversible chain were "
+                f"{'cast' if cast else 'changed'}, by a hook, an in-place operation, a coupling's "
+                f"own forward or block.compile(), so the chain cannot be reversed. {way}"
             )
 
 
@@ -108,6 +115,8 @@ class _StepsNode(torch.autograd.Function):
         tape: Any = call.tape
         streams, first = list(inputs[:count]), len(tape.records)
         tape.records += records
+        if first == 0 and records[0][0].grid is not None:
+            tape.sums = sums_of(streams)
         ctx.visit = tape, range(first, len(tape.records)), count, changed
         for index, (step, replay) in enumerate(records, first):
             before: Streams = ()
@@ -261,11 +270,14 @@ def _run_frozen(kwargs: Mapping[str, Any], step: Step, x: Tensor) -> Tensor:
 
 def _run_stored(kwargs: Mapping[str, Any], step: Step, x: Tensor) -> Tensor:
     # The view gathers the branch's gradients of x before they meet the stream's own, as the node
-    # does, so that both modes add up in the same order. So do the gradients of a weight that is
-    # used twice if it is cast twice, as in a reversing call.
-    cast = step.grid is not None and torch._C._is_any_autocast_enabled()
-    with no_autocast_cache() if cast else nullcontext():
-        return run_branch(step.call, x.view_as(x), kwargs)
+    # does, so that both modes add up in the same order.
+    x = x.view_as(x)
+    if step.grid is None or not torch.is_grad_enabled():
+        return run_branch(step.call, x, kwargs)
+    # So do others, for the same bits, and those of a weight that is used twice if it is cast twice.
+    cast = torch._C._is_any_autocast_enabled()
+    with no_autocast_cache() if cast else nullcontext(), gathered_parameters(step.branch):
+        return run_branch(step.call, x, gathered_arguments(kwargs))
 
 
 def can_reverse() -> bool:

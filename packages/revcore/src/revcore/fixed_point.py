@@ -27,10 +27,11 @@ class FixedPointCoupling(AdditiveCoupling):
     float64. To see that it does, the host waits for the device once a call.
 
     A branch must compute the same bits each time that it runs on the same input. Compiled branches
-    may not, with gradients and without; a chain therefore runs them with gradients both times.
-    A net trained reversed then has the bits of one trained with stored activations, as long as no
-    branch is used at two places that uses a parameter twice, whose gradients are added up in
-    another order.
+    may not, with gradients and without; a chain therefore runs them with gradients both times. It
+    is an error if the input of a chain does not come back bit for bit, which the host finds out
+    once a backward pass, but not while a CUDA graph is being captured.
+    A net trained reversed has the bits of one trained with stored activations. Of tensors in lists,
+    tuples or dicts among the arguments that is so if a branch uses each once.
 
     References:
         Reversible Recurrent Neural Networks (MacKay et al., 2018), section 3, for fixed-point

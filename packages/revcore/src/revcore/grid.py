@@ -16,6 +16,7 @@ from revcore.randomness import is_capturing
 from revcore.step import Step
 
 _DIGITS = {torch.float32: 24, torch.float64: 53}
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def to_grid(x: Tensor, bits: int) -> Tensor:
@@ -143,6 +144,33 @@ class GridWatch:
                 "normalization)."
             )
         return tuple(streams)
+
+
+def sums_of(streams: Sequence[Tensor]) -> Tensor | None:
+    """Returns sums of the bits of streams, None where the host cannot compare any."""
+    if any(map(_is_traced, streams)):
+        return None
+    # Of a negative zero, that of a zero: what is added to it and taken away leaves no sign.
+    bits = [(x.detach() + 0.0).view(_INTEGERS[x.dtype]) for x in streams]
+    return torch.stack([total for x in bits for total in (x.sum(), (x * x).sum())])
+
+
+def compare_sums(before: list[int], streams: Sequence[Tensor]) -> None:
+    """Sees that streams were reconstructed bit for bit.
+
+    Raises:
+        RuntimeError: If the sums of their bits are others than before.
+    """
+    now = sums_of(streams)
+    if now is not None and now.tolist() != before:
+        raise RuntimeError(
+            "the input of a fixed-point chain was not reconstructed bit for bit: a branch computed "
+            "other bits when it was repeated (revcore.track_drift names it). Compiled branches do "
+            "so if they are compiled anew between forward and backward, as for another batch size: "
+            "give torch.compile dynamic=True or dynamic=False, or run each size once before. So do "
+            "kernels that are chosen around the forward pass alone, and those that are not "
+            "deterministic."
+        )
 
 
 def _is_traced(x: Tensor) -> bool:

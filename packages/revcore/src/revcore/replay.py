@@ -237,6 +237,10 @@ class Replay(Memory):
             pull = partial(self._pull, pull, left, aliases, counts)
         return t, pull
 
+    def parameters(self) -> tuple[str, Sequence[Tensor]]:
+        """Returns the name of the branch's class, and its parameters."""
+        return self._survey.name, self._survey.tensors
+
     def _clones(self) -> dict[int, Tensor]:
         """Copies what the first run found in buffers, by their `id`.
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from revcore.drift import track_drift
+from revcore.grid import compare_sums
 from revcore.randomness import is_capturing
 from revcore.replay import Replay
+from revcore.shards import explain
 from revcore.step import Differentiate, Gradients, Step
 from revcore.streams import Streams
 from revcore.versions import versions
@@ -61,6 +63,9 @@ class Tape:
         self.drift = track_drift.current
         self.truth: list[Streams] = []
         self.anchors: dict[int, Saved] = {}
+        # Those of the streams before all steps, if these must come back bit for bit.
+        self.sums: Tensor | None = None
+        self._sums: list[int] | None = None
         self._outputs: Saved | None = None
         # A step, and the streams as they stood before it.
         self._cursor: tuple[int, list[Tensor]] | None = None
@@ -83,6 +88,9 @@ class Tape:
                 graph is being captured. Without one the GPU waits for Python, not for itself.
         """
         self._outputs = Saved(outputs, "the output of a reversible chain")
+        if self.sums is not None:
+            # The host has just waited for the device to know that nothing overflowed.
+            self._sums, self.sums = self.sums.tolist(), None
         if overlap and is_capturing(outputs[0].device):
             self._side = side_stream(outputs[0].device)
 
@@ -115,6 +123,11 @@ class Tape:
                 for index in reversed(steps):
                     found += self._rebuild(index, streams)(grads)
                 self._cursor = (steps.start, streams)
+                if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
+                    compare_sums(self._sums, streams)
+        except RuntimeError as error:
+            explain(error, [replay.parameters() for _, replay in self.records])
+            raise
         finally:
             seen.same = None
         if steps.start == 0:
