@@ -150,9 +150,13 @@ def sums_of(streams: Sequence[Tensor]) -> Tensor | None:
     """Returns sums of the bits of streams, None where the host cannot compare any."""
     if any(map(_is_traced, streams)):
         return None
-    # Of a negative zero, that of a zero: what is added to it and taken away leaves no sign.
-    bits = [(x.detach() + 0.0).view(_INTEGERS[x.dtype]) for x in streams]
-    return torch.stack([total for x in bits for total in (x.sum(), (x * x).sum())])
+    return torch.stack([total for stream in streams for total in _sums_of(stream.detach())])
+
+
+def _sums_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    # Of a negative zero, those of a zero: what is added to it and taken away leaves no sign.
+    bits = (x + 0.0).view(_INTEGERS[x.dtype])
+    return bits.sum(), bits.mul_(bits).sum()
 
 
 def compare_sums(before: list[int], streams: Sequence[Tensor]) -> None:
