@@ -312,6 +312,26 @@ def test_uses_in_one_branch_add_up_as_in_the_stored_chain(branch, loss, device):
     assert counts[0] == counts[1]
 
 
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, graph):
+        return torch.sparse.mm(graph, self.linear(x)).tanh()
+
+
+def test_a_sparse_argument_has_the_same_gradient_as_stored():
+    torch.manual_seed(0)
+    chain = make_chain(Sparse, 2)
+    graph = torch.eye(5).roll(1, 0).to_sparse_coo().requires_grad_()
+    x, found = torch.randn(5, 8), []
+    for reversing in (True, False):
+        y = revcore.set_reversing(chain, reversing)(x, graph=graph)
+        found.append(torch.autograd.grad(y.square().sum(), [graph, *chain.parameters()]))
+    assert all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(*found, strict=True))
+
+
 class Failing(Counted):
     def forward(self, x):
         if len(x) == 1:

@@ -46,7 +46,9 @@ def gathered_parameters(branch: nn.Module) -> Iterator[None]:
 
 
 def _view(x: Tensor) -> Tensor:
-    return x.view_as(x) if x.requires_grad else x
+    # Sparse and nested tensors have no views.
+    plain = x.layout is torch.strided and not x.is_nested
+    return x.view_as(x) if x.requires_grad and plain else x
 
 
 def _exchange(places: list[Any], others: Mapping[int, Tensor]) -> None:
