@@ -127,6 +127,16 @@ def test_large_streams_have_a_node_for_each_block(device: torch.device) -> None:
     assert nodes_of(chain(x[:100].detach())) == 2
 
 
+def test_blocks_smaller_than_the_streams_have_a_node_each_unless_they_are_tiny(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = chain_of(12, device)
+    assert nodes_of(chain(torch.zeros(100, 4, dtype=torch.float64, device=device))) == 3
+    monkeypatch.setattr("revcore.parts._TINY", 0)
+    assert nodes_of(chain(torch.zeros(100, 4, dtype=torch.float64, device=device))) == 12
+    assert nodes_of(chain(torch.zeros(1, 4, dtype=torch.float64, device=device))) == 3
+
+
 def test_parameters_of_blocks_that_share_a_node_are_few(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

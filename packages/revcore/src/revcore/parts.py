@@ -21,7 +21,8 @@ from revcore.streams import Streams, as_streams
 # which would show if there were many.
 _STEPS_AT_ONCE = 64
 _SMALL = 2**23  # bytes of all streams
-_HELD = 2**18  # bytes of parameters
+_HELD = 2**18  # bytes of their parameters
+_TINY = 2**10  # bytes of a block's parameters
 
 _nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
@@ -59,7 +60,8 @@ def run_parts(
         inverted: Whether the parts are on the way back.
     """
     # A shared node holds one gradient of each argument for each of its steps, too.
-    small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, call.given))
+    nbytes = sum(map(_nbytes, streams))
+    small = nbytes <= _SMALL and not any(map(_requires_grad, call.given))
     steps: list[Step] = []
     held: float = 0
     for part in parts:
@@ -67,6 +69,9 @@ def run_parts(
         # first gradients may take no memory, as those of a sum.
         shares = small and part is not parts[-1]
         size = _size_of(part) if shares else math.inf
+        if _TINY < size < nbytes:
+            # Beside streams that are larger than its parameters, several of these would show.
+            size = math.inf
         full = held + size > _HELD or len(steps) >= _STEPS_AT_ONCE
         if steps and (full or part.kept):
             streams, steps, held = run(steps, streams, kwargs), [], 0
