@@ -127,35 +127,19 @@ def test_large_streams_have_a_node_for_each_block(device: torch.device) -> None:
     assert nodes_of(chain(x[:100].detach())) == 2
 
 
-def test_blocks_smaller_than_the_streams_have_a_node_each_unless_they_are_tiny(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_with_parameters_worth_mentioning_have_a_node_each(device: torch.device) -> None:
     chain = chain_of(12, device)
-    assert nodes_of(chain(torch.zeros(100, 4, dtype=torch.float64, device=device))) == 3
-    monkeypatch.setattr("revcore.parts._TINY", 0)
-    assert nodes_of(chain(torch.zeros(100, 4, dtype=torch.float64, device=device))) == 12
-    assert nodes_of(chain(torch.zeros(1, 4, dtype=torch.float64, device=device))) == 3
-
-
-def test_parameters_of_blocks_that_share_a_node_are_few(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chain = chain_of(12, device)
-    each = sum(parameter.nbytes for parameter in chain[0].parameters())
-    monkeypatch.setattr("revcore.parts._HELD", 4 * each)
     chain[4].coupling.f = nn.Linear(2, 2).double().to(device)
     x = torch.randn(3, 4, dtype=torch.float64, device=device)
-    assert nodes_of(chain(x)) == 4  # four, three beside the larger one, four, and the last
+    assert nodes_of(chain(x)) == 3
     big = revcore.ReversibleBlock(nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 2))).double()
     chain[4] = big.to(device)
-    assert nodes_of(chain(x)) == 5  # four, the big one, four, two, and the last
+    assert nodes_of(chain(x)) == 4  # four, one and six after it, which it begins, and the last
     lazy = revcore.ReversibleBlock(nn.LazyLinear(2), nn.Tanh()).double().to(device)
     chain[4] = lazy
     with torch.no_grad():
         chain(x)
-    assert nodes_of(chain(x)) == 4
-    monkeypatch.setattr("revcore.parts._HELD", 0)
-    assert nodes_of(chain(x)) == 12
+    assert nodes_of(chain(x)) == 3
 
 
 def test_global_hooks_see_every_block(device: torch.device) -> None:

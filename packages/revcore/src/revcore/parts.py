@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from revcore.streams import Streams, as_streams
 # which would show if there were many.
 _STEPS_AT_ONCE = 64
 _SMALL = 2**23  # bytes of all streams
-_HELD = 2**18  # bytes of their parameters
 _TINY = 2**10  # bytes of a block's parameters
 
 _nbytes: Callable[[Tensor], int] = attrgetter("nbytes")
@@ -60,30 +58,22 @@ def run_parts(
         inverted: Whether the parts are on the way back.
     """
     # A shared node holds one gradient of each argument for each of its steps, too.
-    nbytes = sum(map(_nbytes, streams))
-    small = nbytes <= _SMALL and not any(map(_requires_grad, call.given))
+    small = sum(map(_nbytes, streams)) <= _SMALL and not any(map(_requires_grad, call.given))
     steps: list[Step] = []
-    held: float = 0
     for part in parts:
         # With a node of its own for the last block, the peak is the same at any depth: only the
         # first gradients may take no memory, as those of a sum.
-        shares = small and part is not parts[-1]
-        size = _size_of(part) if shares else math.inf
-        if _TINY < size < nbytes:
-            # Beside streams that are larger than its parameters, several of these would show.
-            size = math.inf
-        full = held + size > _HELD or len(steps) >= _STEPS_AT_ONCE
-        if steps and (full or part.kept):
-            streams, steps, held = run(steps, streams, kwargs), [], 0
+        shares = small and part is not parts[-1] and _is_tiny(part)
+        if steps and (part.kept or not shares or len(steps) >= _STEPS_AT_ONCE):
+            streams, steps = run(steps, streams, kwargs), []
         if part.kept:
             call.keep(streams)
         if part.steps is None:
             streams = call_part(part, streams, kwargs, inverted=inverted)
         else:
             steps += part.steps
-            held += size
-        if steps and held > _HELD:
-            streams, steps, held = run(steps, streams, kwargs), [], 0
+        if steps and not shares:
+            streams, steps = run(steps, streams, kwargs), []
     return streams
 
 
@@ -95,16 +85,15 @@ def call_part(
     return as_streams((module.inverse if inverted else module)(*streams, **kwargs))
 
 
-def _size_of(part: Part) -> float:
-    """Returns the bytes of a part's parameters, infinity for one that gets a node of its own."""
+def _is_tiny(part: Part) -> bool:
     coupling = part.module
     if part.steps is None or not isinstance(coupling, Coupling):
-        return math.inf
-    known: float | None = coupling.__dict__.get("_size")
+        return False
+    known: bool | None = coupling.__dict__.get("_tiny")
     if known is None:
         parameters = [p for p in coupling.parameters() if p.layout is torch.strided]
         if any(map(is_lazy, parameters)):
-            return math.inf
+            return False
         # Not looked at again: if it grows, some memory is held a little longer.
-        known = coupling.__dict__["_size"] = sum(map(_nbytes, parameters))
+        known = coupling.__dict__["_tiny"] = sum(map(_nbytes, parameters)) <= _TINY
     return known
