@@ -301,15 +301,35 @@ def test_attributes_that_change_uncounted(size, x):
         assert_as_stored(lambda: chain_of_branches(Remembering(size)), x, take, steps=3)
 
 
+class Unfrozen(nn.Module):
+    """Begins to change its statistics, uncounted, in the second step."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.steps = nn.Linear(4, 700), 0
+        self.register_buffer("mean", torch.zeros(700))
+        self.register_buffer("var", torch.ones(700))
+
+    def forward(self, x):
+        self.steps += 1
+        momentum = 0.1 if self.steps > 1 else 0.0
+        y = F.batch_norm(self.linear(x), self.mean, self.var, training=True, momentum=momentum)
+        return y[:, :4]
+
+
+def test_statistics_that_are_frozen_for_a_while(x):
+    assert_as_stored(lambda: chain_of_branches(Unfrozen()), x, steps=3)
+
+
 class Wide(nn.Module):
     """Has a batch norm with large buffers, and is no module of torch's own."""
 
     def __init__(self):
         super().__init__()
-        self.norm = nn.BatchNorm1d(1024)
+        self.norm = nn.BatchNorm1d(16384)
 
     def forward(self, x):
-        return self.norm(x.repeat(1, 256))[:, :4]
+        return self.norm(x.repeat(1, 4096))[:, :4]
 
 
 def test_statistics_that_another_call_changes_after_one_in_evaluation(x):

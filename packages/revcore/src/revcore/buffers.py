@@ -18,7 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from revcore.randomness import is_capturing
 from revcore.versions import version
 
-_LARGE = 2**11  # bytes
+# Bytes. Vectors may be statistics, which `F.batch_norm` may begin to change at any time.
+_LARGE = 2**11
+_LARGE_VECTOR = 2**16
 
 # What runs have done with large buffers, by the training flag of their module: the version at which
 # one was left alone, or None if one was changed without being counted.
@@ -60,7 +62,8 @@ class Copy(NamedTuple):
 
 def is_large(buffer: Tensor) -> bool:
     """Tells whether a buffer is looked at before it is copied each time."""
-    return buffer.numel() * buffer.element_size() > _LARGE
+    vector = buffer.dim() < 2 and buffer.is_floating_point()
+    return buffer.numel() * buffer.element_size() > (_LARGE_VECTOR if vector else _LARGE)
 
 
 def stays(buffer: Tensor, training: bool | None) -> bool:

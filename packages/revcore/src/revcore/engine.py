@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from revcore.autocast import no_autocast_cache
-from revcore.gather import gathered_arguments, gathered_parameters
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch, sums_of
 from revcore.replay import Replay
@@ -274,10 +273,20 @@ def _run_stored(kwargs: Mapping[str, Any], step: Step, x: Tensor) -> Tensor:
     x = x.view_as(x)
     if step.grid is None or not torch.is_grad_enabled():
         return run_branch(step.call, x, kwargs)
-    # So do others, for the same bits, and those of a weight that is used twice if it is cast twice.
-    cast = torch._C._is_any_autocast_enabled()
-    with no_autocast_cache() if cast else nullcontext(), gathered_parameters(step.branch):
-        return run_branch(step.call, x, gathered_arguments(kwargs))
+    # On a grid so do those of arguments, and of a weight that is used twice if it is cast twice.
+    # An alias takes sparse gradients, too.
+    views = {id(v): torch.ops.aten.alias(v) for v in kwargs.values() if _has_views(v)}
+    with no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
+        return run_branch(step.call, x, {n: views.get(id(v), v) for n, v in kwargs.items()})
+
+
+def _has_views(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.requires_grad
+        and value.layout is torch.strided
+        and not value.is_nested
+    )
 
 
 def can_reverse() -> bool:

@@ -30,8 +30,10 @@ class FixedPointCoupling(AdditiveCoupling):
     may not, with gradients and without; a chain therefore runs them with gradients both times. It
     is an error if the input of a chain does not come back bit for bit, which the host finds out
     once a backward pass, but not while a CUDA graph is being captured.
-    A net trained reversed has the bits of one trained with stored activations. Of tensors in lists,
-    tuples or dicts among the arguments that is so if a branch uses each once.
+    A net trained reversed then has the bits of one trained with stored activations, as long as no
+    branch uses a parameter twice (or a tensor in a list, tuple or dict among its arguments) that
+    gets a gradient from elsewhere, too: another branch, another call, a penalty. Those are added up
+    in another order.
 
     References:
         Reversible Recurrent Neural Networks (MacKay et al., 2018), section 3, for fixed-point
