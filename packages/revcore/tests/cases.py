@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -253,3 +254,10 @@ def assert_as_stored(
         for one, two in zip(*found, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
     return chain
+
+
+def compiled(module: nn.Module, *, fullgraph: bool = True) -> Callable[..., Any]:
+    """Compiles a module to ask whether it can be traced and differentiated, whatever the code."""
+    backend = "aot_eager_decomp_partition"
+    found: Callable[..., Any] = torch.compile(module, backend=backend, fullgraph=fullgraph)
+    return found

@@ -19,3 +19,8 @@ def _reproducible() -> None:
     torch.backends.cudnn.deterministic = True
     # The tensors are so small that threads only wait for each other.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch.compiler.reset()

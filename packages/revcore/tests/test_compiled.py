@@ -5,24 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import SCHEMES, Mixing, assert_same, gradients, make_case, mlp, traceable
+from cases import SCHEMES, Mixing, assert_same, compiled, gradients, make_case, mlp, traceable
 from torch import nn
 
 import revcore
 
-pytestmark = traceable
-
-# What is asked is whether a chain can be traced and differentiated, not what code is made of it.
-BACKEND = "aot_eager_decomp_partition"
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.compiler.reset()
-
-
-def compiled(module, *, fullgraph=True):
-    return torch.compile(module, backend=BACKEND, fullgraph=fullgraph)
+pytestmark = [traceable, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def assert_as_plain(case, x=None, tolerance=1e-9):

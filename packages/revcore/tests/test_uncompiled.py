@@ -4,24 +4,12 @@ import copy
 
 import pytest
 import torch
-from cases import assert_same, gradients, make_case, traceable
+from cases import assert_same, compiled, gradients, make_case, traceable
 from torch import nn
 
 import revcore
 
-pytestmark = traceable
-
-# What is asked is whether a chain can be traced and differentiated, not what code is made of it.
-BACKEND = "aot_eager_decomp_partition"
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.compiler.reset()
-
-
-def compiled(module, *, fullgraph=True):
-    return torch.compile(module, backend=BACKEND, fullgraph=fullgraph)
+pytestmark = [traceable, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def drops():

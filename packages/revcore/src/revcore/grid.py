@@ -171,7 +171,7 @@ def compare_sums(before: list[int], streams: Sequence[Tensor]) -> None:
             "the input of a fixed-point chain was not reconstructed bit for bit: a branch computed "
             "other bits when it was repeated (revcore.track_drift names it). Compiled branches do "
             "so if they are compiled anew between forward and backward, as for another batch size: "
-            "give torch.compile dynamic=True or dynamic=False, or run each size once before. So do "
+            "give torch.compile dynamic=True or dynamic=False. So do "
             "kernels that are chosen around the forward pass alone, and those that are not "
             "deterministic."
         )

@@ -13,6 +13,7 @@ _GLOBAL = [vars(_module)[f"_global{name}"] for name in HOOKS]
 def has_hooks(module: nn.Module) -> bool:
     """Tells whether a module has hooks of its own."""
     own = vars(module)
+    # Each by its name takes half of the time, for every block in every call.
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
