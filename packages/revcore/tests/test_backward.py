@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import assert_as_stored, chain_of_branches, step_of
+from cases import SCHEMES, assert_as_stored, chain_of_branches, make_case, step_of
 from torch import nn
 
 import revcore
@@ -191,3 +191,24 @@ def test_replicas_of_data_parallel(branch, x):
         return [x.grad, *(p.grad for p in net.parameters())]
 
     assert_as_stored(lambda: chain_of_branches(branch()), x, take)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_optimizer_that_steps_as_gradients_come(scheme, streams, device):
+    def step(parameter):
+        with torch.no_grad():
+            parameter.sub_(parameter.grad, alpha=0.01)
+        parameter.grad = None
+
+    case = make_case(scheme, "mlp", device=device)
+    found = []
+    for chain in (case.chain, revcore.set_reversing(case.twin(), False)):
+        for parameter in chain.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+        for _ in range(2):
+            x = case.x.clone().requires_grad_()
+            y = chain(*x.chunk(streams, 1))
+            (y if streams == 1 else torch.cat(y, 1)).square().sum().backward()
+        found.append([x.grad, *chain.parameters()])
+    torch.testing.assert_close(*found)

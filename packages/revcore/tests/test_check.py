@@ -1,5 +1,6 @@
 """`check_invertible` finds what is wrong, names the first bad block, and leaves no trace."""
 
+import math
 import random
 from functools import partial
 
@@ -153,6 +154,20 @@ def test_a_branch_that_cannot_be_repeated(case):
 def test_what_is_replayed_is_fine(module):
     chain = ReversibleSequential(ReversibleBlock(nn.Sequential(linear(), module)))
     assert check_invertible(chain, torch.randn(3, 8))
+
+
+class Noisy(nn.Module):
+    """Draws in evaluation, too."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x.tanh(), 0.2, training=True)
+
+
+def test_what_draws_in_evaluation_is_judged_by_its_gradients():
+    report = check_invertible(ReversibleSequential(ReversibleBlock(Noisy())), torch.randn(3, 8))
+    assert report
+    assert all(math.isnan(block.inverse_error) for block in report.blocks)
+    assert all(block.gradient_error < 1e-5 for block in report.blocks)
 
 
 def drifting():

@@ -55,6 +55,19 @@ def test_a_kept_input_restarts_exactly():
     assert errors["3.coupling.f"] > 0
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_branches_of_blocks_with_kept_inputs_see_what_they_saw(scheme, device):
+    case = make_case(scheme, "mlp", depth=3, device=device, dtype=torch.float32)
+    seen = []
+    for block in case.chain:
+        block.keep_input = True
+        for branch in (block.coupling.f, block.coupling.g):
+            branch.register_forward_hook(lambda _, x, __: seen.append(x[0].detach().clone()))
+    case.chain(case.x.requires_grad_()).sum().backward()
+    first, again = seen[:6], seen[6:]
+    assert all(map(torch.equal, first, again[::-1]))
+
+
 def test_nothing_measured_is_an_error():
     chain = make_case("additive", "mlp").chain
     with revcore.track_drift() as drift:

@@ -27,7 +27,7 @@ from revcore.replay import Replay
 from revcore.running import run_branch
 from revcore.seen import Seen
 from revcore.step import Step
-from revcore.streams import Streams, dense
+from revcore.streams import Streams, dense, in_transform
 from revcore.survey import Group, Groups
 from revcore.tape import Tape
 from revcore.versions import versions
@@ -48,6 +48,7 @@ class Call:
         log_dets: Those that they have given.
         branches: How many branches this call has come to.
         watch: Keeps the call on its grid.
+        keeps: Whether to keep the streams as they stand before the next step.
         tip: The streams that a reversing call expects next, with their versions.
     """
 
@@ -61,12 +62,8 @@ class Call:
     log_dets: list[Tensor] = field(default_factory=list)
     branches: int = 0
     watch: GridWatch = field(default_factory=GridWatch)
+    keeps: bool = False
     tip: tuple[Streams, list[int]] = ((), [])
-
-    def keep(self, streams: Streams) -> None:
-        """Keeps the streams as they stand, if it records, to restart from exactly."""
-        if self.tape is not None:
-            self.tape.keep(len(self.tape.records), streams)
 
     def expect(self, streams: Streams) -> None:
         self.tip = streams, versions(streams)
@@ -191,13 +188,20 @@ def run_in(
     """Runs steps as a part of a call."""
     if call.measures:
         steps = [step.measured() for step in steps]
-    current = [x if x.is_contiguous() else dense(x) for x in call.watch.enter(steps, streams)]
+    streams = tuple(call.watch.enter(steps, streams))
+    if call.keeps and call.tape is not None:
+        call.tape.keep(len(call.tape.records), streams)
+    call.keeps = False
+    current = [x if x.is_contiguous() else dense(x) for x in streams]
     outer, thread.call = thread.call, None
     try:
         if call.tape is None:
             _run_each(call, steps, current, partial(_run_stored, kwargs))
         else:
-            _run_reversed(call, call.tape, steps, current, kwargs)
+            # Whoever gets the streams one by one may ask for the gradient of one that another is
+            # made of.
+            for part in [[step] for step in steps] if call.apart else [steps]:
+                _run_reversed(call, call.tape, part, current, kwargs)
     except IndexError:
         most = max(index for step in steps for index in (*step.inputs, *step.writes))
         if most < len(streams):
@@ -233,12 +237,8 @@ def _run_reversed(
         tape.anchors.clear()
         frozen = steps[: len(steps) - len(records)]
         _run_each(call, frozen, streams, partial(_run_frozen, kwargs))
-    # Whoever gets the streams one by one may ask for the gradient of one that another is made of.
-    for part in [[record] for record in records] if call.apart else [records] if records else []:
-        _run_node(call, part, streams)
-
-
-def _run_node(call: Call, records: _Records, streams: list[Tensor]) -> None:
+    if not records:
+        return
     changed = list(dict.fromkeys(index for step, _ in records for index in step.writes))
     # Gradients are found from the last step to the first, and one that several steps share adds up
     # in that order, as it does where activations are stored.
@@ -296,7 +296,7 @@ def can_reverse() -> bool:
     return (
         torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not in_transform()
         and torch.autograd.forward_ad._current_level < 0
     )
 

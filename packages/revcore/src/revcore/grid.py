@@ -14,6 +14,7 @@ from torch import Tensor
 
 from revcore.randomness import is_capturing
 from revcore.step import Step
+from revcore.streams import in_transform
 
 _DIGITS = {torch.float32: 24, torch.float64: 53}
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -182,6 +183,6 @@ def _is_traced(x: Tensor) -> bool:
         x.device.type == "meta"
         or torch.compiler.is_compiling()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_transform()
         or is_capturing(x.device)
     )

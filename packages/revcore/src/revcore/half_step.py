@@ -202,12 +202,12 @@ class HalfStep(Step):
     def rebuild(
         self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
     ) -> Differentiate:
+        if kept is not None:
+            streams[:] = kept
         # The graph that gives the branch's output back is the one that is differentiated.
         t, pull = again.record(streams[self.source])
         if kept is None:
             streams[self.target] = again.compute(self._back, streams[self.target], t)
-        else:
-            streams[:] = kept
         return partial(self._differentiate, again, streams[self.target], t, pull)
 
     def _differentiate(

@@ -66,8 +66,7 @@ def run_parts(
         shares = small and part is not parts[-1] and _is_tiny(part)
         if steps and (part.kept or not shares or len(steps) >= _STEPS_AT_ONCE):
             streams, steps = run(steps, streams, kwargs), []
-        if part.kept:
-            call.keep(streams)
+        call.keeps |= part.kept
         if part.steps is None:
             streams = call_part(part, streams, kwargs, inverted=inverted)
         else:

@@ -26,9 +26,10 @@ class Memory:
         position: How many results this run has asked for.
         outer: The memory of a branch around this one.
         draws: Devices of the random generators that the branch may draw from, if that matters.
+        lends: Whether modules of the branch hold other tensors than usual while it runs.
     """
 
-    again = False
+    again = lends = False
     position = 0
     outer: Memory | None = None
     draws: Sequence[torch.device] | None = None
@@ -66,6 +67,11 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
+
+
+def is_lending() -> bool:
+    """Tells whether modules of the branch that is running hold other tensors than usual."""
+    return thread.memory is not None and thread.memory.lends
 
 
 def _ask(memory: Memory | None, compute: Callable[[], Tensors]) -> Tensors:

@@ -39,9 +39,11 @@ _CAPTURING = (
     " Capture without dropout, or store the activations: revcore.set_reversing(model, False)."
 )
 _OTHER_DRAWS = (
-    "a reversible branch drew other random numbers when it was repeated: another thread drew from "
-    "the same generator during its forward pass, or the branch behaves differently from call to "
-    "call. Draw in that thread from a torch.Generator of its own."
+    "a reversible branch drew other random numbers when it was repeated: how many it draws depends "
+    "on values, which come back rounded (nn.RReLU, torch.poisson), another thread drew from the "
+    "same generator during its forward pass, or the branch behaves differently from call to call. "
+    "Values come back exactly with keep_input=True in each block, or in a chain of "
+    'coupling="fixed_point"; a thread may draw from a torch.Generator of its own.'
 )
 
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -312,7 +314,7 @@ class Replay(Memory):
         left: list[Change],
         inverse: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        self.again = True
+        self.again, self.lends = True, bool(aliases)
         kwargs = exchange(self._kwargs, aliases)
         run: tuple[Any, ...] = (self._call, x, kwargs, self)
         snapshot = self._snapshot

@@ -17,6 +17,7 @@ from revcore.engine import Call, can_reverse, thread
 from revcore.grid import GridWatch
 from revcore.known import are_of_torch, draw
 from revcore.parts import Part, call_part, run_parts
+from revcore.remember import is_lending
 from revcore.step import Step
 from revcore.streams import Streams, join, split, with_log_det
 from revcore.survey import Groups
@@ -154,8 +155,8 @@ class Reversible(nn.Module):
         finally:
             thread.call = None
         y = join(x, outputs, self.split_dim)
-        # Without gradients there are none, so that nothing old lives on.
-        groups.close(call.found)
+        # Without gradients there are none, so that nothing old lives on, nor anything lent.
+        groups.close({} if is_lending() else call.found)
         if tape is not None:
             if isinstance(y, Tensor) and len(outputs) > 1:
                 # The joined output is what the next layer keeps: keep views, not the parts beside.

@@ -73,12 +73,25 @@ def dense(x: Tensor) -> Tensor:
     The halves of a split tensor have gaps, and kernels may give other bits for other strides. A
     reconstructed stream has none, so the branch must never see any.
     """
+    if x.is_contiguous() or in_transform():
+        return x
     # Images in channels_last are the usual case, and asking for that takes a quarter of the time.
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
     if torch.ops.aten.is_non_overlapping_and_dense(x):
         return x
     return x.clone()
+
+
+def in_transform() -> bool:
+    """Tells whether a transform of torch.func is at work, in which nothing is reversed.
+
+    Under vmap a tensor does not say how it lies in memory.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def as_streams(y: Any) -> Streams:
