@@ -327,5 +327,5 @@ def test_parameters_that_fsdp_has_freed_meanwhile(frees):
 def test_streams_that_fsdp_casts():
     chain = revcore.ReversibleSequential(block(), block())
     chain[1].register_forward_pre_hook(lambda _, streams: tuple(x.bfloat16() for x in streams))
-    with pytest.raises(RuntimeError, match=r"were cast, .* cast_forward_inputs=False"):
+    with pytest.raises(RuntimeError, match=r"a cast of FSDP, .* cast_forward_inputs=False"):
         chain(torch.randn(2, 8, requires_grad=True))

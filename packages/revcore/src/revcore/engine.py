@@ -72,17 +72,13 @@ class Call:
         """Raises if these are not the streams that are expected."""
         tip, counts = self.tip
         if versions(streams) != counts or not all(map(_same_data, streams, tip)):
-            cast = [x.dtype for x in streams] != [x.dtype for x in tip]
-            way = (
-                "With FSDP's MixedPrecisionPolicy use cast_forward_inputs=False, and autocast."
-                if cast
-                else "Make the change a block of its own, or split the chain there; compile "
-                "branches (branch.compile()) or the chain."
-            )
             raise RuntimeError(
-                f"the streams between two blocks of a reversible chain were "
-                f"{'cast' if cast else 'changed'}, by a hook, an in-place operation, a coupling's "
-                f"own forward or block.compile(), so the chain cannot be reversed. {way}"
+                "the streams between two blocks of a reversible chain were changed, by a hook, an "
+                "in-place operation, a coupling's own forward, block.compile() or a cast of FSDP, "
+                "so the chain cannot be reversed. Make the change a block of its own, or split the "
+                "chain there; compile branches (branch.compile()) or the chain; give FSDP's "
+                "MixedPrecisionPolicy cast_forward_inputs=False and no output_dtype, and use "
+                "autocast; or store the activations: revcore.set_reversing(model, False)."
             )
 
 
