@@ -45,6 +45,12 @@ _OTHER_DRAWS = (
     "Values come back exactly with keep_input=True in each block, or in a chain of "
     'coupling="fixed_point"; a thread may draw from a torch.Generator of its own.'
 )
+_CUDNN_DRAWS = (
+    "branch {} has a recurrent layer with dropout, for which cuDNN draws numbers that nobody "
+    "can replay. Give it dropout=0, and put nn.Dropout between layers of one; or run forward and "
+    "backward under torch.backends.cudnn.flags(enabled=False); or store the activations: "
+    "revcore.set_reversing(model, False)."
+)
 
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
@@ -131,6 +137,8 @@ class Replay(Memory):
                 f"branch {survey.name} has lazy parameters that have no shape "
                 "yet, so it cannot be reversed. Run the net once under torch.no_grad() first."
             )
+        if survey.cudnn_draws and x.is_cuda and torch.backends.cudnn.enabled:
+            raise RuntimeError(_CUDNN_DRAWS.format(survey.name))
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
             # Another branch of the node may have changed something of a module that they share.
             if self.seen.ran and not self._snapshot.holds():

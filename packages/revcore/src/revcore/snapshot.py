@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import chain
 from operator import is_
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, is_tensor, nn
@@ -179,7 +180,7 @@ class Snapshot:
             fill([(table, wanted)])
         for values, held_values in self._lists:
             undo.append((values, list(values)))
-            values[:] = [others.get(id(value), value) for value in held_values]
+            values[:] = _exchanged(held_values, others)
         return undo
 
     def changes(self, others: Mapping[int, Tensor]) -> list[Change]:
@@ -193,7 +194,7 @@ class Snapshot:
         return found + [
             (values, None, held, list(values))
             for values, held in self._lists
-            if not _are_same(values, [others.get(id(value), value) for value in held])
+            if not _are_same(values, _exchanged(held, others))
         ]
 
     def buffers_are_others(self) -> bool:
@@ -286,6 +287,15 @@ def fill(places: Sequence[Held]) -> None:
             if [*place] != [*held]:
                 place.clear()
             place.update(held)
+
+
+def _exchanged(values: Sequence[Any], others: Mapping[int, Tensor]) -> list[Any]:
+    """Lists values, with others in the place of some, and weak references to these."""
+    found = [others.get(id(value), value) for value in values]
+    for index, value in enumerate(values if others else ()):
+        if isinstance(value, ReferenceType) and id(value()) in others:
+            found[index] = ref(others[id(value())])
+    return found
 
 
 def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:

@@ -74,6 +74,7 @@ class Survey:
         norms: The attributes of batch norms in training, whose buffers no run reads.
         contained: Whether the modules are known to use nothing from elsewhere.
         draws: Whether they may draw random numbers.
+        cudnn_draws: Whether cuDNN draws random numbers for them, where it runs.
         remembers: Whether they may call `revcore.remember`.
         lazy: Whether a parameter or a buffer has no shape yet.
         simple: Whether a first run has to note nothing but autocast and random numbers.
@@ -90,6 +91,11 @@ class Survey:
             modules += [m for m in module._modules.values() if m is not None]
             if len(set(modules)) < len(modules):
                 modules[:] = dict.fromkeys(modules)
+        recurrent = [module for module in modules if isinstance(module, nn.RNNBase)]
+        for module in recurrent:
+            # cuDNN wants weights that are new to it to be moved, which is no change of them.
+            module._update_flat_weights()
+        self.cudnn_draws = any(m.training and m.dropout and m.num_layers > 1 for m in recurrent)
         self.modules = modules
         self.name = type(branch).__name__
         self.contained = all(map(is_self_contained, modules))
