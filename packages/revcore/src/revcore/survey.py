@@ -20,7 +20,6 @@ from revcore.buffers import copy_always, is_settled, stays
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.known import BATCH_NORMS, are_of_torch, draw, is_self_contained
 from revcore.snapshot import Snapshot, containers_of
-from revcore.turns import TURN
 
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
@@ -31,7 +30,7 @@ def needs_of(tensors: list[Tensor]) -> list[bool]:
 
 
 class Untracked:
-    """A context in which batch norms in training leave their statistics alone.
+    """A context in which batch norms in training leave their statistics alone, inside of a turn.
 
     Args:
         norms: Their attributes.
@@ -41,7 +40,6 @@ class Untracked:
         self._norms = norms
 
     def __enter__(self) -> None:
-        TURN.__enter__()
         self._flags = [own["track_running_stats"] for own in self._norms]
         for own in self._norms:
             own["track_running_stats"] = False
@@ -49,7 +47,6 @@ class Untracked:
     def __exit__(self, *_: object) -> None:
         for own, flag in zip(self._norms, self._flags, strict=True):
             own["track_running_stats"] = flag
-        TURN.__exit__()
 
 
 class Survey:
