@@ -116,10 +116,7 @@ class _StepsNode(torch.autograd.Function):
                 before = tuple(streams[:count])
             if tape.drift is not None:
                 tape.truth.append(tuple(x.detach() for x in before))
-            if step.grid is None:
-                step.apply(replay.first_run, streams)
-            else:
-                call.watch.apply(step, replay.first_run, streams)
+            call.watch.apply(step, replay.first_run, streams)
             if not step.repeats and index not in tape.anchors and replay.end():
                 tape.keep(index, before)
                 _warn_of_a_kept_input(step)
