@@ -93,7 +93,7 @@ class Replay(Memory):
         self._tensors, self._needed, self.leaves = survey.tensors, survey.needed, survey.leaves
         self._plain = survey.plain
         self._quick = seen.quick and survey.simple and grid is None
-        self._shared = self._snapshot = survey.snapshot
+        self._shared = survey.snapshot
         if kwargs:
             self._tensors = list(dict.fromkeys(self._tensors + tensors_of(kwargs)))
             self._needed = needs_of(self._tensors)
@@ -141,9 +141,8 @@ class Replay(Memory):
             raise RuntimeError(_CUDNN_DRAWS.format(survey.name))
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
             # Another branch of the node may have changed something of a module that they share.
-            if self.seen.ran and not self._snapshot.holds():
+            if self.seen.ran and not survey.snapshot.holds():
                 self._survey = survey = Survey(survey.modules[0])
-                self._snapshot = survey.snapshot
             self.seen.ran = True
             copies = copy_all(survey.buffers)
             t = self._draw(x)
@@ -176,7 +175,7 @@ class Replay(Memory):
         return (
             any(a is not b for a, b in zip(self._before, self._after, strict=False))
             or any(copy.has_moved() for copy in self._copies)
-            or self._snapshot.buffers_are_others()
+            or self._survey.snapshot.buffers_are_others()
         )
 
     def repeat(self, x: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
@@ -325,15 +324,16 @@ class Replay(Memory):
         self.again, self.lends = True, bool(aliases)
         kwargs = exchange(self._kwargs, aliases)
         run: tuple[Any, ...] = (self._call, x, kwargs, self)
-        snapshot = self._snapshot
+        survey, snapshot = self._survey, self._survey.snapshot
         if inverse is not None and self._end is not None:
             run, snapshot = (inverse, x, kwargs, Memory()), self._end
-        same = self._is_same(snapshot)
+        same = self.seen.look() if self.seen.same is None else self.seen.same
+        if snapshot is not self._shared:
+            same = snapshot.holds()
         cast = self._autocast or _is_any_autocast_enabled()
-        if same and self._survey.repeats_simply and not (aliases or cast):
+        if same and survey.repeats_simply and not (aliases or cast):
             return run_branch(*run)
-        autocast = autocast_as(self._autocast, self._survey.kinds(x)) if cast else _AS_IT_IS
-        survey = self._survey
+        autocast = autocast_as(self._autocast, survey.kinds(x)) if cast else _AS_IT_IS
         changes = not (same and survey.contained) or aliases or survey.norms
         as_it_was = self._as_it_was(snapshot, aliases, left, same=same) if changes else _AS_IT_IS
         with TURN, autocast, as_it_was:
@@ -369,10 +369,6 @@ class Replay(Memory):
                     )
                 each.buffer.copy_(clone)
         return found
-
-    def _is_same(self, snapshot: Snapshot) -> bool:
-        same = self.seen.look() if self.seen.same is None else self.seen.same
-        return same if snapshot is self._shared else snapshot.holds()
 
     @contextmanager
     def _as_it_was(
