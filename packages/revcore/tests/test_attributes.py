@@ -113,6 +113,29 @@ def test_dicts_and_lists_in_attributes(x):
     assert all(m.state["n"] == len(m.losses) == 3 for m in chain.modules() if isinstance(m, Logs))
 
 
+class Notes(nn.Module):
+    """Holds a list or a dict that somebody else holds, too."""
+
+    def __init__(self, notes):
+        super().__init__()
+        self.linear, self.notes = nn.Linear(4, 4), notes
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("notes", [["one"], {"one": 1}])
+def test_what_two_modules_share_keeps_what_is_noted_between_forward_and_backward(notes, x):
+    shared = copy.copy(notes)
+    chain = chain_of_branches(nn.Sequential(Notes(shared), Notes(shared))).to(x)
+    loss = chain(x).sum()
+    branch = chain[0].coupling.f
+    branch[0].notes.clear()
+    loss.backward()
+    assert not branch[0].notes
+    assert branch[1].notes is branch[0].notes
+
+
 class ReadsStatistics(nn.Module):
     """Uses a batch norm's statistics, and changes them, around it or in its place."""
 

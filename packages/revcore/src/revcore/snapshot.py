@@ -20,9 +20,11 @@ from revcore.versions import versions
 
 Table = dict[Any, Any]
 
-_TABLES = ("_modules", "_parameters", "_buffers", *HOOKS)
-# They tell how hooks are called, if there are any.
-_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+# The last two tell how hooks are called.
+_TABLES = (
+    *("_modules", "_parameters", "_buffers", *HOOKS),
+    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
+)
 _OF_ALL = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, OrderedDict, defaultdict, list)
 _MANY = 1000
@@ -54,19 +56,15 @@ class Snapshot:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = list(modules)
-        self.scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule)]
-        self._states = [*map(_state_of, self.scripted)]
-        self._entries: list[tuple[nn.Module, Table, Table]] = []
         # Entries that are known to be no tensors, and the others.
-        self._quick: list[tuple[Table, Table]] = []
-        self._slow: list[tuple[Table, Table]] = []
-        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._quick: list[_Entry] = []
+        self._slow: list[_Entry] = []
+        self._lists: list[Held] = []
         for module in modules:
-            if module in self.scripted:
+            if isinstance(module, torch.jit.ScriptModule):
                 continue
             own = vars(module)
             tables = [own, *[own[name] for name in _TABLES if own.get(name) is not None]]
-            tables += [own[name] for name in _OF_HOOKS if own.get(name)]
             contained = is_self_contained(module)
             for container in () if contained else containers_of(module):
                 if isinstance(container, list):
@@ -75,12 +73,14 @@ class Snapshot:
                     tables.append(container)
             for table in tables:
                 tensors = not contained or table is module._parameters or table is module._buffers
-                (self._slow if tensors else self._quick).append((table, held := dict(table)))
-                self._entries.append((module, table, held))
+                (self._slow if tensors else self._quick).append((module, table, dict(table)))
         self._index()
 
     def _index(self) -> None:
+        self.scripted = [m for m in self.modules if isinstance(m, torch.jit.ScriptModule)]
+        self._states = [*map(_state_of, self.scripted)]
         self._kinds = [*map(type, self.modules)]
+        self._entries = self._quick + self._slow
         self._empty = [table for _, table, held in self._entries if not held]
         # Python finds out in half the time whether values are equal, but of tensors that is not
         # what is asked.
@@ -96,12 +96,9 @@ class Snapshot:
         whole = cls(())
         for part in parts:
             whole.modules += part.modules
-            whole.scripted += part.scripted
-            whole._states += part._states
-            whole._entries += part._entries
-            whole._lists += part._lists
             whole._quick += part._quick
             whole._slow += part._slow
+            whole._lists += part._lists
         whole._index()
         return whole
 
@@ -132,8 +129,7 @@ class Snapshot:
         loan = Loan()
         for table, held in self._with_tensors if others else ():
             if not others.keys().isdisjoint(map(id, held.values())):
-                lent = {name: others.get(id(value), value) for name, value in held.items()}
-                loan.append((table, held, lent))
+                loan.append((table, held, lent := _exchanged(held, others)))
                 table.update(lent)
         return loan
 
@@ -170,17 +166,11 @@ class Snapshot:
                     f"{type(module).__name__} now, as if a parametrization had been removed: "
                     "call backward() before that"
                 )
+        places = [*((table, held) for _, table, held in self._entries), *self._lists]
+        # All of them before any is filled, because several modules may hold the same one.
         undo: list[Held] = [(module, type(module)) for module, _ in classes]
-        fill(classes)
-        for _, table, held in self._entries:
-            wanted = held
-            if not others.keys().isdisjoint(map(id, held.values())):
-                wanted = {name: others.get(id(value), value) for name, value in held.items()}
-            undo.append((table, dict(table)))
-            fill([(table, wanted)])
-        for values, held_values in self._lists:
-            undo.append((values, list(values)))
-            values[:] = _exchanged(held_values, others)
+        undo += [(place, place.copy()) for place, _ in places]
+        fill([*classes, *((place, _exchanged(held, others)) for place, held in places)])
         return undo
 
     def changes(self, others: Mapping[int, Tensor]) -> list[Change]:
@@ -217,6 +207,10 @@ class Snapshot:
             # A weight that is computed from a weight_orig or weight_g beside it is none.
             and not any(f"{name}{end}" in module._parameters for end in ("_orig", "_g", "_v"))
         ]
+
+
+_Entry = tuple[nn.Module, Table, Table]
+"""A module, a table of it, and what it holds."""
 
 
 class Loan(list[tuple[Table, Table, Table]]):
@@ -289,8 +283,13 @@ def fill(places: Sequence[Held]) -> None:
             place.update(held)
 
 
-def _exchanged(values: Sequence[Any], others: Mapping[int, Tensor]) -> list[Any]:
-    """Lists values, with others in the place of some, and weak references to these."""
+def _exchanged(values: Any, others: Mapping[int, Tensor]) -> Any:
+    """Copies a table or a list, with others in the place of some values.
+
+    In a list also behind weak references, as recurrent layers hold their parameters.
+    """
+    if isinstance(values, dict):
+        return {name: others.get(id(value), value) for name, value in values.items()}
     found = [others.get(id(value), value) for value in values]
     for index, value in enumerate(values if others else ()):
         if isinstance(value, ReferenceType) and id(value()) in others:
@@ -313,13 +312,10 @@ def _values(tables: Iterable[Table]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, tables)))
 
 
-def _columns(entries: Sequence[tuple[Table, Table]]) -> tuple[list[Table], list[Any], list[Any]]:
-    every = [held for _, held in entries]
-    return (
-        [table for table, held in entries if held],
-        [*chain.from_iterable(every)],
-        _values(every),
-    )
+def _columns(entries: Sequence[_Entry]) -> tuple[list[Table], list[Any], list[Any]]:
+    every = [held for _, _, held in entries]
+    tables = [table for _, table, held in entries if held]
+    return tables, [*chain.from_iterable(every)], _values(every)
 
 
 def _state_of(module: Any) -> list[int]:
