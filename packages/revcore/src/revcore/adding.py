@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from revcore.destination import Destination
 from revcore.half_step import HalfStep
 from revcore.step import Again, Differentiate, Gradients, Pullback, add
+from revcore.streams import Streams
 
 
 def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
@@ -58,9 +59,7 @@ class AddingStep(HalfStep):
             t = again.repeat(streams[self.source])
         self._move_back(streams, t, destination)
 
-    def rebuild(
-        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
-    ) -> Differentiate:
+    def rebuild(self, again: Again, streams: list[Tensor], kept: Streams | None) -> Differentiate:
         if kept is not None:
             return super().rebuild(again, streams, kept)
         with self._destination(streams, back=True) as destination:

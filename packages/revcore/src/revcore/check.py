@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revcore.arguments import takes_gradient
+from revcore.arguments import Arguments, takes_gradient
 from revcore.block import ReversibleBlock
 from revcore.coupling import Coupling
 from revcore.grid import to_grid
@@ -132,7 +132,7 @@ def _note(calls: list[Call], name: str, _: Any, x: tuple[Any, ...], kwargs: Any,
 
 
 def _check(
-    module: nn.Module, name: str, x: Streams, kwargs: dict[str, Any], tolerance: float | None
+    module: nn.Module, name: str, x: Streams, kwargs: Arguments, tolerance: float | None
 ) -> BlockCheck:
     block = duplicate(module.get_submodule(name))
     kind = type(block).__name__
@@ -156,7 +156,7 @@ def _check(
 
 
 def _find_problem(
-    block: Any, x: Streams, kwargs: dict[str, Any], limit: float, errors: dict[str, float]
+    block: Any, x: Streams, kwargs: Arguments, limit: float, errors: dict[str, float]
 ) -> str | None:
     one, two = duplicate(block), duplicate(block)
     with _fork(x):
@@ -197,7 +197,7 @@ def _find_problem(
 
 
 def _gradients(
-    block: nn.Module, x: Streams, kwargs: dict[str, Any], *, reversing: bool
+    block: nn.Module, x: Streams, kwargs: Arguments, *, reversing: bool
 ) -> list[Tensor | None]:
     chain = ReversibleSequential(duplicate(block), split_dim=getattr(block, "split_dim", -1))
     set_reversing(chain, reversing)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 
 from revcore.adding import AddingStep
-from revcore.arguments import takes_gradient
+from revcore.arguments import Arguments, takes_gradient
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.half_step import HalfStep
@@ -52,7 +52,7 @@ _NO_CAST = ("cpu", False, torch.bfloat16)
 
 
 def run_stored(
-    watch: GridWatch, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]
+    watch: GridWatch, steps: Sequence[Step], streams: Streams, kwargs: Arguments
 ) -> Streams:
     """Runs steps that store their activations while torch.compile traces.
 
@@ -69,7 +69,7 @@ def run_stored(
 
 
 def run_compiled(
-    steps: Sequence[Step], kept: Sequence[int], streams: Streams, kwargs: Mapping[str, Any]
+    steps: Sequence[Step], kept: Sequence[int], streams: Streams, kwargs: Arguments
 ) -> Streams:
     """Runs the steps of a whole chain, reversed, while torch.compile traces.
 
@@ -111,7 +111,7 @@ def run_compiled(
 
 
 def _forward(
-    steps: Sequence[Step], kept: Any, streams: Streams, kwargs: Mapping[str, Any]
+    steps: Sequence[Step], kept: Any, streams: Streams, kwargs: Arguments
 ) -> tuple[Streams, list[Tensor]]:
     current, anchors = list(streams), []
     for number, step in enumerate(steps):
@@ -162,7 +162,7 @@ class _ChainNode(torch.autograd.Function):
             state = {name: buffers.pop() for name in reversed(found)}
             before = None
             if number in kept:
-                before = [anchors.pop() for _ in streams][::-1]
+                before = tuple([anchors.pop() for _ in streams][::-1])
             branch = _Again(
                 step, kwargs, names, parameters, state, ctx.autocast, [*arguments, *own]
             )
@@ -181,7 +181,7 @@ class _Again(NamedTuple):
     """
 
     step: Step
-    kwargs: Mapping[str, Any]
+    kwargs: Arguments
     names: Sequence[str] = ()
     parameters: Sequence[str] = ()
     buffers: Mapping[str, Tensor] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revcore.arguments import Arguments
 from revcore.compiled import run_stored
 from revcore.engine import run
 from revcore.grid import GridWatch
@@ -105,9 +106,7 @@ class Coupling(nn.Module, Scheme):
         """
         return self._run(self.inverse_half_steps(), y, kwargs)
 
-    def _run(
-        self, steps: Sequence[HalfStep], x: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> Tensor | Streams:
+    def _run(self, steps: Sequence[HalfStep], x: Streams, kwargs: Arguments) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
         if torch.compiler.is_compiling():
             watch = GridWatch()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revcore.arguments import Arguments
 from revcore.autocast import no_autocast_cache
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch, sums_of
@@ -155,7 +156,7 @@ def _warn_of_a_kept_input(step: Step) -> None:
     )
 
 
-def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> Streams:
+def run(steps: Sequence[Step], streams: Streams, kwargs: Arguments) -> Streams:
     """Runs steps: reversed where a chain is recording in this thread, stored otherwise.
 
     Args:
@@ -175,9 +176,7 @@ def run(steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]) -> S
     return streams
 
 
-def run_in(
-    call: Call, steps: Sequence[Step], streams: Streams, kwargs: Mapping[str, Any]
-) -> Streams:
+def run_in(call: Call, steps: Sequence[Step], streams: Streams, kwargs: Arguments) -> Streams:
     """Runs steps as a part of a call."""
     if call.measures:
         steps = [step.measured() for step in steps]
@@ -208,7 +207,7 @@ def run_in(
 
 
 def _run_reversed(
-    call: Call, tape: Tape, steps: Sequence[Step], streams: list[Tensor], kwargs: Mapping[str, Any]
+    call: Call, tape: Tape, steps: Sequence[Step], streams: list[Tensor], kwargs: Arguments
 ) -> None:
     """Runs steps as a node, from the first that needs a gradient."""
     records: _Records = []
@@ -253,14 +252,14 @@ def _run_each(
     del streams[count:]
 
 
-def _run_frozen(kwargs: Mapping[str, Any], step: Step, x: Tensor) -> Tensor:
+def _run_frozen(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:
     t = run_branch(step.call, x, kwargs)
     if t.requires_grad:
         refuse_foreign_leaves(t, (), f"branch {type(step.branch).__name__}")
     return t
 
 
-def _run_stored(kwargs: Mapping[str, Any], step: Step, x: Tensor) -> Tensor:
+def _run_stored(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:
     # The view gathers the branch's gradients of x before they meet the stream's own, as the node
     # does, so that both modes add up in the same order.
     x = x.view_as(x)

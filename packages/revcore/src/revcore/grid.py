@@ -14,7 +14,7 @@ from torch import Tensor
 
 from revcore.randomness import is_capturing
 from revcore.step import Step
-from revcore.streams import in_transform
+from revcore.streams import Streams, in_transform
 
 _DIGITS = {torch.float32: 24, torch.float64: 53}
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -120,7 +120,7 @@ class GridWatch:
             self._peaks.append(self._place)
         return self._place
 
-    def close(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def close(self, streams: Sequence[Tensor]) -> Streams:
         """Ends the call.
 
         The host reads one number here. Where it cannot (a CUDA graph is being captured, or torch

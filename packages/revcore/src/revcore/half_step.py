@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from revcore.graph import refuse_foreign_leaves
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add, log_det_of
+from revcore.streams import Streams
 
 
 class Scheme(ABC):
@@ -199,9 +200,7 @@ class HalfStep(Step):
         t = again.repeat(streams[self.source])
         streams[self.target] = again.compute(self._back, streams[self.target], t)
 
-    def rebuild(
-        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
-    ) -> Differentiate:
+    def rebuild(self, again: Again, streams: list[Tensor], kept: Streams | None) -> Differentiate:
         if kept is not None:
             streams[:] = kept
         # The graph that gives the branch's output back is the one that is differentiated.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, log_det_of
-from revcore.streams import dense
+from revcore.streams import Streams, dense
 
 
 class InvertibleStep(Step):
@@ -95,9 +95,7 @@ class InvertibleStep(Step):
     def undo(self, again: Again, streams: list[Tensor]) -> None:
         streams[:] = self._split(again.repeat(self._join(streams), self._back), streams)
 
-    def rebuild(
-        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
-    ) -> Differentiate:
+    def rebuild(self, again: Again, streams: list[Tensor], kept: Streams | None) -> Differentiate:
         if kept is None:
             self.undo(again, streams)
         else:
@@ -119,7 +117,7 @@ class InvertibleStep(Step):
     def _join(self, streams: Sequence[Tensor]) -> Tensor:
         return streams[0] if len(streams) == 1 else torch.cat(tuple(streams), self.split_dim)
 
-    def _split(self, x: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _split(self, x: Tensor, like: Sequence[Tensor]) -> Streams:
         if len(like) == 1:
             return (dense(x),)
         sizes = [stream.shape[self.split_dim] for stream in like]

@@ -20,7 +20,7 @@ import torch
 from torch import Size, Tensor, nn
 
 import revcore
-from revcore.arguments import takes_gradient
+from revcore.arguments import Arguments, takes_gradient
 from revcore.check import duplicate
 from revcore.engine import thread
 from revcore.streams import Streams, as_streams
@@ -203,7 +203,7 @@ class InvertibleModuleWrapper(revcore.ReversibleBlock):
         """How many streams a single input tensor is split in."""
         return getattr(self._fn, "streams", 1)
 
-    def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
+    def _map(self, x: Streams, kwargs: Arguments, *, inverted: bool) -> Tensor | Streams:
         # In a chain it is a step as any module with an inverse.
         if isinstance(self._fn, revcore.Coupling) or thread.call is not None:
             return super()._map(x, kwargs, inverted=inverted)

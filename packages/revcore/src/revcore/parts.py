@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from revcore.arguments import Arguments
 from revcore.coupling import Coupling
 from revcore.engine import Call, run
 from revcore.step import Step
@@ -41,12 +42,7 @@ class Part(NamedTuple):
 
 
 def run_parts(
-    call: Call,
-    parts: Sequence[Part],
-    streams: Streams,
-    kwargs: Mapping[str, Any],
-    *,
-    inverted: bool,
+    call: Call, parts: Sequence[Part], streams: Streams, kwargs: Arguments, *, inverted: bool
 ) -> Streams:
     """Runs parts as a part of a call.
 
@@ -76,9 +72,7 @@ def run_parts(
     return streams
 
 
-def call_part(
-    part: Part, streams: Streams, kwargs: Mapping[str, Any], *, inverted: bool
-) -> Streams:
+def call_part(part: Part, streams: Streams, kwargs: Arguments, *, inverted: bool) -> Streams:
     """Calls the module of a part as somebody would who knows nothing of its steps."""
     module = part.module
     return as_streams((module.inverse if inverted else module)(*streams, **kwargs))

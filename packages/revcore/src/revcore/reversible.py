@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from revcore.arguments import tensors_of
+from revcore.arguments import Arguments, tensors_of
 from revcore.compiled import WAYS, Kind, find_fault, run_compiled, run_stored
 from revcore.engine import Call, can_reverse, thread
 from revcore.grid import GridWatch
@@ -110,7 +110,7 @@ class Reversible(nn.Module):
             steps += part.steps
         return steps, kept
 
-    def _map(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
+    def _map(self, x: Streams, kwargs: Arguments, *, inverted: bool) -> Tensor | Streams:
         if torch.compiler.is_compiling():
             return self._compiled(x, kwargs, inverted=inverted)
         call = thread.call
@@ -131,13 +131,11 @@ class Reversible(nn.Module):
         finally:
             call.apart = apart
 
-    def _run(
-        self, call: Call, streams: Streams, kwargs: dict[str, Any], *, inverted: bool
-    ) -> Streams:
+    def _run(self, call: Call, streams: Streams, kwargs: Arguments, *, inverted: bool) -> Streams:
         parts = self._parts(len(streams), call.split_dim, inverted=inverted)
         return run_parts(call, parts, streams, kwargs, inverted=inverted)
 
-    def _alone(self, x: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Tensor | Streams:
+    def _alone(self, x: Streams, kwargs: Arguments, *, inverted: bool) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
         tape = Tape() if self.reversing and can_reverse() else None
         # Not by setattr, which takes longer for a module.
@@ -165,9 +163,7 @@ class Reversible(nn.Module):
             tape.seal(outputs, overlap=self.overlap)
         return with_log_det(y, call.log_dets) if self.log_det else y
 
-    def _compiled(
-        self, x: tuple[Tensor, ...], kwargs: dict[str, Any], *, inverted: bool
-    ) -> Tensor | Streams:
+    def _compiled(self, x: Streams, kwargs: Arguments, *, inverted: bool) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
         # Halves of a tensor have gaps, which they have not in the eager engine.
         streams = tuple([s if s.is_contiguous() else s.clone() for s in streams])
@@ -178,7 +174,7 @@ class Reversible(nn.Module):
         y = join(x, outputs[: len(streams)], self.split_dim)
         return with_log_det(y, outputs[len(streams) :]) if self.log_det else y
 
-    def _stored(self, streams: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Streams:
+    def _stored(self, streams: Streams, kwargs: Arguments, *, inverted: bool) -> Streams:
         if self.log_det:
             steps, _ = self._plan(len(streams), inverted=inverted)
             parts = [Part(self, [step.measured() for step in steps])]
@@ -192,7 +188,7 @@ class Reversible(nn.Module):
                 streams = run_stored(watch, part.steps, streams, kwargs)
         return watch.close(streams)
 
-    def _reversed(self, streams: Streams, kwargs: dict[str, Any], *, inverted: bool) -> Streams:
+    def _reversed(self, streams: Streams, kwargs: Arguments, *, inverted: bool) -> Streams:
         steps, kept = self._plan(len(streams), inverted=inverted)
         given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         if len(tensors_of(kwargs)) > len(given):

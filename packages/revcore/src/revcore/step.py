@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from revcore.streams import Streams
+
 Gradients = list[Any]  # of tensors, and of None for zeros
 Pullback = Callable[[Tensor], "Sequence[Tensor | None]"]
 Differentiate = Callable[[Gradients], "Sequence[Tensor | None]"]
@@ -75,9 +77,7 @@ class Step(ABC):
         """Takes all streams, in place of the list, from after the step to before it."""
 
     @abstractmethod
-    def rebuild(
-        self, again: Again, streams: list[Tensor], kept: Sequence[Tensor] | None
-    ) -> Differentiate:
+    def rebuild(self, again: Again, streams: list[Tensor], kept: Streams | None) -> Differentiate:
         """Undoes the step, and makes the graph of its branch again.
 
         Args:

@@ -38,7 +38,7 @@ class Saved:
         self._versions = versions(self._tensors)
         self._what = what
 
-    def get(self) -> list[Tensor]:
+    def get(self) -> Streams:
         """Returns the streams.
 
         Raises:
@@ -50,7 +50,7 @@ class Saved:
                 "cannot be reconstructed. Use the out-of-place version, such as torch.relu(y) for "
                 "y.relu_(), or modify y.clone()."
             )
-        return list(self._tensors)
+        return self._tensors
 
 
 class Tape:
@@ -195,10 +195,10 @@ class Tape:
 
     def _restart(self, start: int, *, retain: bool) -> list[Tensor]:
         if start in self.anchors:
-            return self.anchors[start].get()
+            return list(self.anchors[start].get())
         if self._outputs is None:
             raise RuntimeError(_SECOND_TIME)
-        streams = self._outputs.get()
+        streams = list(self._outputs.get())
         if not retain:
             # Handed over, not copied: the outputs' memory is free once both streams moved on.
             self._outputs = None
