@@ -110,17 +110,6 @@ def run_compiled(
     return tuple([output.clone() for output in outputs])
 
 
-def _forward(
-    steps: Sequence[Step], kept: Any, streams: Streams, kwargs: Arguments
-) -> tuple[Streams, list[Tensor]]:
-    current, anchors = list(streams), []
-    for number, step in enumerate(steps):
-        if number in kept:
-            anchors += current[: len(streams)]  # behind them are log-determinants
-        step.apply(partial(step.call, **kwargs), current)
-    return tuple(current), anchors
-
-
 class _ChainNode(torch.autograd.Function):
     """A chain, reversed: all streams to all streams."""
 
@@ -137,12 +126,15 @@ class _ChainNode(torch.autograd.Function):
         ]
         given, leaves = tensors[count : count + len(names)], tensors[count + len(names) :]
         kwargs = {**kwargs, **dict(zip(names, given, strict=True))}
-        steps = [step for step, *_ in branches]
-        outputs, anchors = _forward(steps, kept, tensors[:count], kwargs)
-        parts = (outputs[:count], anchors, buffers, given, leaves)
+        streams, anchors = list(tensors[:count]), []
+        for number, (step, *_) in enumerate(branches):
+            if number in kept:
+                anchors += streams[:count]  # behind them are log-determinants
+            step.apply(partial(step.call, **kwargs), streams)
+        parts = (streams[:count], anchors, buffers, given, leaves)
         ctx.sizes = [len(part) for part in parts]
         ctx.save_for_backward(*[tensor for part in parts for tensor in part])
-        return outputs
+        return tuple(streams)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
