@@ -216,7 +216,7 @@ class HalfStep(Step):
         if self.measures:
             of_log_det, grad = grads.pop(), grads[target]
             grad = torch.zeros_like(a) if grad is None else grad
-            found = again.compute(_vjp, self._measure, a, t, (grad, of_log_det))
+            found = again.compute(partial(_vjp, self._measure), a, t, (grad, of_log_det))
         else:
             found = again.compute(self._vjp, a, t, grads[target])
         grads[target], grad_t = found

@@ -242,8 +242,9 @@ class Replay(Memory):
         leaves = [aliases.get(id(leaf), leaf) for leaf in self.leaves] if aliases else self.leaves
         pull = partial(differentiate, t, (x, *leaves), survey, bool(self._kwargs))
         if left or self._copies:
-            counts = [version(aliases[id(each.buffer)]) for each in self._copies]
-            pull = partial(self._pull, pull, left, aliases, counts)
+            clones = [(each, aliases[id(each.buffer)]) for each in self._copies]
+            own = [(each, clone, version(clone)) for each, clone in clones]
+            pull = partial(self._pull, pull, left, own)
         return t, pull
 
     def parameters(self) -> tuple[str, Sequence[Tensor]]:
@@ -279,18 +280,12 @@ class Replay(Memory):
         Raises:
             RuntimeError: If it changes a stream in place, which may be the caller's.
         """
-        stream = arguments[0]
-        try:
-            before = stream._version
-        except (AttributeError, RuntimeError):  # no tensor, or an inference tensor
-            before = None
-        if self._autocast or _is_any_autocast_enabled():
-            kind = next(x.device.type for x in arguments if isinstance(x, Tensor))
-            with autocast_as(self._autocast, ("cpu", kind)):
-                found = function(*arguments)
-        else:
+        stream: Tensor = arguments[0]
+        before = version(stream)
+        cast = self._autocast or _is_any_autocast_enabled()
+        with autocast_as(self._autocast, ("cpu", stream.device.type)) if cast else _AS_IT_IS:
             found = function(*arguments)
-        if before is not None and stream._version != before:
+        if version(stream) != before:
             raise RuntimeError(
                 f"{getattr(function, '__qualname__', function)} changes its first argument in "
                 "place, which may be the output of the chain; let it return a new tensor"
@@ -346,18 +341,12 @@ class Replay(Memory):
         return draw_again(self._before, self._after, partial(run, *arguments), _OTHER_DRAWS)
 
     def _pull(
-        self,
-        pull: Pullback,
-        left: Sequence[Change],
-        aliases: Mapping[int, Tensor],
-        counts: Sequence[int],
-        grad: Tensor,
+        self, pull: Pullback, left: list[Change], own: list[tuple[Copy, Tensor, int]], grad: Tensor
     ) -> Sequence[Tensor | None]:
         """Differentiates; hooks find what the run has left, and what they leave stays."""
         with left_by(left) if left else _AS_IT_IS:
             found = pull(grad)
-        for each, count in zip(self._copies, counts, strict=True):
-            clone = aliases[id(each.buffer)]
+        for each, clone, count in own:
             if version(clone) != count:
                 if each.has_moved():
                     raise RuntimeError(
