@@ -89,13 +89,9 @@ class ReversibleSequential(Reversible, nn.Sequential):
             raise ValueError(f"block {name} has log_det=True, so the chain needs log_det=True too")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) or name in vars(self).get("_modules", ()):
             self._check(name, value)
         super().__setattr__(name, value)
-
-    def __setitem__(self, index: int, module: nn.Module) -> None:
-        self._check(str(index), module)
-        super().__setitem__(index, module)
 
     def insert(self, index: int, module: nn.Module) -> ReversibleSequential:
         """Inserts a block."""
