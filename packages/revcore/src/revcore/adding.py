@@ -49,22 +49,19 @@ class AddingStep(HalfStep):
         with self._destination(streams, back=False) as destination:
             t = run(streams[self.source])
         self.looked = destination.added and destination.looked
-        if destination.added:
-            streams[self.target] = t
-        else:
-            streams[self.target] = self._change(streams[self.target], t)
+        self._move(streams, t, destination)
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
         with self._destination(streams, back=True) as destination:
             t = again.repeat(streams[self.source])
-        self._move_back(streams, t, destination)
+        self._move(streams, t, destination)
 
     def rebuild(self, again: Again, streams: list[Tensor], kept: Streams | None) -> Differentiate:
         if kept is not None:
             return super().rebuild(again, streams, kept)
         with self._destination(streams, back=True) as destination:
             t, pull = again.record(streams[self.source])
-        self._move_back(streams, t.detach(), destination)
+        self._move(streams, t.detach(), destination)
         return partial(self._pull, pull, destination)
 
     def _destination(self, streams: Sequence[Tensor], *, back: bool) -> Destination:
@@ -75,9 +72,11 @@ class AddingStep(HalfStep):
             self.branch, stream, sign, grid=self.grid, reconstructs=back, place=place
         )
 
-    def _move_back(self, streams: list[Tensor], t: Tensor, destination: Destination) -> None:
-        a = streams[self.target]
-        streams[self.target] = t if destination.added else self._back(a, t)
+    def _move(self, streams: list[Tensor], t: Tensor, destination: Destination) -> None:
+        if not destination.added:
+            move = self._back if destination.reconstructs else self._change
+            t = move(streams[self.target], t)
+        streams[self.target] = t
 
     def _pull(
         self, pull: Pullback, destination: Destination, grads: Gradients
