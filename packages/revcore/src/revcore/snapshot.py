@@ -182,7 +182,7 @@ class Snapshot:
             if name not in held or others.get(id(held[name]), held[name]) is not value
         ]
         return found + [
-            (values, None, held, list(values))
+            (values, _ALL, held, list(values))
             for values, held in self._lists
             if not _are_same(values, _exchanged(held, others))
         ]
@@ -235,9 +235,10 @@ Held = tuple[Any, Any]
 """A table, a list or a module, and its entries, its values or its class."""
 
 Change = tuple[Any, Any, Any, Any]
-"""A table, a name in it, what was there and what is; or a list, None, what it had and has."""
+"""A table, a name in it, what was there and what is; or a list, all of it, what it had and has."""
 
 _MISSING = object()
+_ALL = slice(None)
 
 
 @contextmanager
@@ -257,16 +258,14 @@ def left_by(changes: Sequence[Change]) -> Iterator[None]:
 
 def _put(changes: Sequence[tuple[Any, Any, Any]]) -> None:
     for place, name, value in changes:
-        if name is None:
-            place[:] = value
-        elif value is _MISSING:
+        if value is _MISSING:
             del place[name]
         else:
             place[name] = value
 
 
 def _is_there(place: Any, name: Any, value: Any) -> bool:
-    return _are_same(place, value) if name is None else place.get(name, _MISSING) is value
+    return _are_same(place, value) if name is _ALL else place.get(name, _MISSING) is value
 
 
 def fill(places: Sequence[Held]) -> None:
