@@ -112,11 +112,9 @@ class _StepsNode(torch.autograd.Function):
             tape.sums = sums_of(streams)
         ctx.visit = tape, range(first, len(tape.records)), count, changed
         for index, (step, replay) in enumerate(records, first):
-            before: Streams = ()
-            if tape.drift is not None or not step.repeats:
-                before = tuple(streams[:count])
+            before: Streams = () if step.repeats else tuple(streams[:count])
             if tape.drift is not None:
-                tape.truth.append(tuple(x.detach() for x in before))
+                tape.truth.append(tuple(x.detach() for x in streams[:count]))
             call.watch.apply(step, replay.first_run, streams)
             if not step.repeats and index not in tape.anchors and replay.end():
                 tape.keep(index, before)
