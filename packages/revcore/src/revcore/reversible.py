@@ -140,10 +140,8 @@ class Reversible(nn.Module):
         tape = Tape() if self.reversing and can_reverse() else None
         # Not by setattr, which takes longer for a module.
         groups = vars(self).setdefault("_groups", Groups())
-        given = tensors_of(kwargs)
-        call = Call(tape, groups, given=given, measures=self.log_det)
+        call = thread.call = Call(tape, groups, given=tensors_of(kwargs), measures=self.log_det)
         call.apart, call.split_dim = len(x) > 1, self.split_dim
-        thread.call = call
         try:
             call.expect(streams)
             outputs = self._run(call, streams, kwargs, inverted=inverted)
