@@ -295,9 +295,8 @@ class _Probe(_Again):
 
 def _repeated_buffers(branch: nn.Module) -> list[str]:
     """Names the buffers that must be what they were; batch norms in training read none."""
-    names = []
+    names: list[str] = []
     for prefix, module in branch.named_modules():
         if not (module.training and type(module) in BATCH_NORMS):
-            for name, _ in module.named_buffers(recurse=False):
-                names.append(f"{prefix}.{name}" if prefix else name)
+            names += [name for name, _ in module.named_buffers(prefix, recurse=False)]
     return names
