@@ -95,23 +95,21 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-_Records = list[tuple[Step, Replay]]
-
-
 class _StepsNode(torch.autograd.Function):
     """Steps in a row, reversed: from all streams to those that they change."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, records: _Records, changed: list[int], count: int, *inputs: Tensor
+        ctx: Any, call: Call, records: list[Replay], changed: list[int], count: int, *inputs: Tensor
     ) -> Streams:
         tape: Any = call.tape
         streams, first = list(inputs[:count]), len(tape.records)
         tape.records += records
-        if first == 0 and records[0][0].grid is not None:
+        if first == 0 and records[0].step.grid is not None:
             tape.sums = sums_of(streams)
         ctx.visit = tape, range(first, len(tape.records)), count, changed
-        for index, (step, replay) in enumerate(records, first):
+        for index, replay in enumerate(records, first):
+            step = replay.step
             before: Streams = () if step.repeats else tuple(streams[:count])
             if tape.drift is not None:
                 tape.truth.append(tuple(x.detach() for x in streams[:count]))
@@ -208,19 +206,19 @@ def _run_reversed(
     call: Call, tape: Tape, steps: Sequence[Step], streams: list[Tensor], kwargs: Arguments
 ) -> None:
     """Runs steps as a node, from the first that needs a gradient."""
-    records: _Records = []
+    records: list[Replay] = []
     needs = [stream.requires_grad for stream in streams]
     group = call.groups.get(call.branches, [step.branch for step in steps], call.found)
     call.branches += len(steps)
     seen = Seen(group, kwargs, call.given)
     for step, survey in zip(steps, group.surveys, strict=True):
-        replay = Replay(step.call, survey, seen, step.grid)
+        replay = Replay(step, survey, seen)
         replay.needs_x = True in map(needs.__getitem__, step.inputs)
         if replay.needs_x or replay.leaves:
             for index in step.writes:
                 needs[index] = True
         if tape.records or True in needs:
-            records.append((step, replay))
+            records.append(replay)
     if len(records) < len(steps):
         # A frozen prefix needs no gradient, so nothing will ever ask for the streams before it; an
         # input that was kept there is not that of the first step on the tape.
@@ -229,10 +227,10 @@ def _run_reversed(
         _run_each(call, frozen, streams, partial(_run_frozen, kwargs))
     if not records:
         return
-    changed = list(dict.fromkeys(index for step, _ in records for index in step.writes))
+    changed = list(dict.fromkeys(index for replay in records for index in replay.step.writes))
     # Gradients are found from the last step to the first, and one that several steps share adds up
     # in that order, as it does where activations are stored.
-    leaves = [leaf for _, replay in reversed(records) for leaf in replay.leaves]
+    leaves = [leaf for replay in reversed(records) for leaf in replay.leaves]
     outputs = _StepsNode.apply(call, records, changed, len(streams), *streams, *leaves)
     for index, output in zip(changed, outputs):  # noqa: B905 - log-determinants may follow
         streams[index] = output

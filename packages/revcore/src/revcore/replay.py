@@ -29,7 +29,7 @@ from revcore.remember import Memory
 from revcore.running import run_branch
 from revcore.seen import Seen
 from revcore.snapshot import Change, Snapshot, fill, left_by
-from revcore.step import Pullback
+from revcore.step import Pullback, Step
 from revcore.survey import Survey, needs_of
 from revcore.turns import TURN
 from revcore.versions import changed, version
@@ -63,12 +63,12 @@ class Replay(Memory):
     """The first run of one branch on one input, and the means to repeat it.
 
     Args:
-        call: How the branch is run.
+        step: The step that runs the branch.
         survey: What the branch is made of now.
         seen: The same, of all branches of its node.
-        grid: Number of fractional bits of what it is given; None for any values.
 
     Attributes:
+        step: See above.
         seen: See above.
         leaves: The tensors beside the input that the branch must give a gradient.
         needs_x: Whether the branch must give its input one.
@@ -84,15 +84,12 @@ class Replay(Memory):
     _end: Snapshot | None = None
     _left: Sequence[Tensor] = ()
 
-    def __init__(
-        self, call: Callable[..., Tensor], survey: Survey, seen: Seen, grid: int | None = None
-    ) -> None:
-        self._call, self._survey, self._grid = call, survey, grid
-        self.seen = seen
+    def __init__(self, step: Step, survey: Survey, seen: Seen) -> None:
+        self.step, self._survey, self.seen = step, survey, seen
         self._kwargs = kwargs = seen.kwargs
         self._tensors, self._needed, self.leaves = survey.tensors, survey.needed, survey.leaves
         self._plain = survey.plain
-        self._quick = seen.quick and survey.simple and grid is None
+        self._quick = seen.quick and survey.simple and step.grid is None
         self._shared = survey.snapshot
         if kwargs:
             self._tensors = list(dict.fromkeys(self._tensors + tensors_of(kwargs)))
@@ -300,11 +297,11 @@ class Replay(Memory):
 
     def _run(self, x: Tensor) -> Tensor:
         memory = self if self._survey.remembers else None
-        return run_branch(self._call, x, self._kwargs, memory)
+        return run_branch(self.step.call, x, self._kwargs, memory)
 
     def _without_gradients(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs the branch; on a grid by the very code that is run with gradients."""
-        if self._grid is None:
+        if self.step.grid is None:
             return run(x)
         with torch.enable_grad():
             return run(x.detach().requires_grad_(self.needs_x)).detach()
@@ -318,7 +315,7 @@ class Replay(Memory):
     ) -> Tensor:
         self.again, self.lends = True, bool(aliases)
         kwargs = exchange(self._kwargs, aliases)
-        run: tuple[Any, ...] = (self._call, x, kwargs, self)
+        run: tuple[Any, ...] = (self.step.call, x, kwargs, self)
         survey, snapshot = self._survey, self._survey.snapshot
         if inverse is not None and self._end is not None:
             run, snapshot = (inverse, x, kwargs, Memory()), self._end

@@ -18,7 +18,7 @@ from revcore.grid import compare_sums
 from revcore.randomness import is_capturing
 from revcore.replay import Replay
 from revcore.shards import explain
-from revcore.step import Differentiate, Gradients, Step
+from revcore.step import Differentiate, Gradients
 from revcore.streams import Streams
 from revcore.versions import versions
 
@@ -57,8 +57,8 @@ class Tape:
     """Everything that one forward call of a chain keeps until its backward pass."""
 
     def __init__(self) -> None:
-        # Each step of this call, and how to repeat its branch.
-        self.records: list[tuple[Step, Replay]] = []
+        # The steps of this call, and how to repeat their branches.
+        self.records: list[Replay] = []
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
@@ -111,7 +111,7 @@ class Tape:
         if not self.records:
             raise RuntimeError(_SECOND_TIME)
         # One look at the branches is enough for all of these steps.
-        seen = self.records[steps.start][1].seen
+        seen = self.records[steps.start].seen
         seen.same = seen.look()
         found: list[Tensor | None] = []
         try:
@@ -126,7 +126,7 @@ class Tape:
                 if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
                     compare_sums(self._sums, streams)
         except RuntimeError as error:
-            explain(error, [replay.parameters() for _, replay in self.records])
+            explain(error, [replay.parameters() for replay in self.records])
             raise
         finally:
             seen.same = None
@@ -167,11 +167,11 @@ class Tape:
 
     def _rebuild(self, index: int, streams: list[Tensor]) -> Differentiate:
         """Takes the streams from after step `index` to before it."""
-        step, replay = self.records[index]
+        replay = self.records[index]
         saved = self.anchors.get(index)
-        differentiate = step.rebuild(replay, streams, None if saved is None else saved.get())
+        differentiate = replay.step.rebuild(replay, streams, None if saved is None else saved.get())
         if self.drift is not None:
-            self.drift.compare(step.branch, streams, self.truth[index])
+            self.drift.compare(replay.step.branch, streams, self.truth[index])
         return differentiate
 
     def _seek(self, index: int, *, retain: bool) -> list[Tensor]:
@@ -189,8 +189,8 @@ class Tape:
             position, streams = start, self._restart(start, retain=retain)
         while position > index:
             position -= 1
-            step, replay = self.records[position]
-            step.undo(replay, streams)
+            replay = self.records[position]
+            replay.step.undo(replay, streams)
         return streams
 
     def _restart(self, start: int, *, retain: bool) -> list[Tensor]:
