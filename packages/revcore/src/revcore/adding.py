@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revcore.destination import Destination
 from revcore.half_step import HalfStep
@@ -23,23 +23,17 @@ def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
     Returns:
         The same, with others in the place of some.
     """
-    # A loop, which takes half of the time of a list.
-    for step in steps:
-        if _adds(step.branch) and not torch.compiler.is_compiling():
-            break
-    else:
+    if torch.compiler.is_compiling() or not any(map(_adds, steps)):
         return steps
     return [
-        AddingStep(step.scheme, step.branch, step.target, step.source, inverted=step.inverted)
-        if _adds(step.branch)
-        else step
-        for step in steps
+        AddingStep(s.scheme, s.branch, s.target, s.source, inverted=s.inverted) if _adds(s) else s
+        for s in steps
     ]
 
 
-def _adds(branch: nn.Module) -> bool:
+def _adds(step: HalfStep) -> bool:
     # The class is asked first: a module without the attribute takes long to say so.
-    return hasattr(type(branch), "adds") and bool(branch.adds)
+    return hasattr(type(step.branch), "adds") and bool(step.branch.adds)
 
 
 class AddingStep(HalfStep):
@@ -66,11 +60,8 @@ class AddingStep(HalfStep):
 
     def _destination(self, streams: Sequence[Tensor], *, back: bool) -> Destination:
         sign = 1 if self.inverted is back else -1
-        stream = streams[self.target]
-        place = None if back else self.place
-        return Destination(
-            self.branch, stream, sign, grid=self.grid, reconstructs=back, place=place
-        )
+        a, place = streams[self.target], None if back else self.place
+        return Destination(self.branch, a, sign, grid=self.grid, reconstructs=back, place=place)
 
     def _move(self, streams: list[Tensor], t: Tensor, destination: Destination) -> None:
         if not destination.added:
