@@ -20,11 +20,9 @@ from revcore.versions import versions
 
 Table = dict[Any, Any]
 
-# The last two tell how hooks are called.
-_TABLES = (
-    *("_modules", "_parameters", "_buffers", *HOOKS),
-    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
-)
+# They tell how hooks are called.
+_OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+_TABLES = ("_modules", "_parameters", "_buffers", *HOOKS, *_OF_HOOKS)
 _OF_ALL = frozenset(vars(nn.Module()))
 _CONTAINERS = (dict, OrderedDict, defaultdict, list)
 _MANY = 1000
