@@ -11,6 +11,8 @@ from torch import Tensor
 
 Streams = tuple[Tensor, ...]
 
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+
 
 def as_dim(split_dim: int) -> int:
     """Returns `split_dim`.
@@ -88,10 +90,7 @@ def in_transform() -> bool:
 
     Under vmap a tensor does not say how it lies in memory.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return not torch.compiler.is_compiling() and _innermost_transform() is not None
 
 
 def as_streams(y: Any) -> Streams:
