@@ -195,11 +195,7 @@ class Reversible(nn.Module):
                 "dicts; pass each by a keyword of its own"
             )
         if not self._is_known():
-            constants = {
-                name: _as_constant(value)
-                for name, value in kwargs.items()
-                if not isinstance(value, Tensor)
-            }
+            constants = {k: _as_constant(v) for k, v in kwargs.items() if k not in given}
             kinds = [
                 ([_as_constant(size) for size in tensor.shape], tensor.dtype, str(tensor.device))
                 for tensor in (*streams, *given.values())
@@ -218,12 +214,8 @@ class Reversible(nn.Module):
         steps, _ = self._plan(self.streams, inverted=False)
         modules = [module for step in steps for module in step.branch.modules()]
         held = {parameter for step in steps for parameter in step.branch.parameters()}
-        known = (
-            are_of_torch(modules)
-            and not draw(modules)
-            and all(step.self_contained for step in steps)
-        )
-        return known and held.issuperset(self.parameters())
+        contained = are_of_torch(modules) and all(step.self_contained for step in steps)
+        return contained and not draw(modules) and held.issuperset(self.parameters())
 
     @_constant
     def _find_fault(
