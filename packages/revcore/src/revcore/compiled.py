@@ -155,10 +155,8 @@ class _ChainNode(torch.autograd.Function):
             before = None
             if number in kept:
                 before = tuple([anchors.pop() for _ in streams][::-1])
-            branch = _Again(
-                step, kwargs, names, parameters, state, ctx.autocast, [*arguments, *own]
-            )
-            gradients = step.rebuild(branch, streams, before)(stream_grads)
+            again = _Again(step, kwargs, names, parameters, state, ctx.autocast, [*arguments, *own])
+            gradients = step.rebuild(again, streams, before)(stream_grads)
             extra, own_grads = gradients[: len(names)], gradients[len(names) :]
             argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
             leaf_grads = [*own_grads, *leaf_grads]

@@ -333,10 +333,8 @@ def is_invertible_module(
     if not hasattr(fn, "inverse"):
         return False
     try:
-        several_given = not all(isinstance(size, int) for size in test_input_shape)
-        shapes = [
-            Size(shape) for shape in (test_input_shape if several_given else [test_input_shape])
-        ]
+        several = not all(isinstance(size, int) for size in test_input_shape)
+        shapes = [Size(shape) for shape in (test_input_shape if several else [test_input_shape])]
     except TypeError:
         raise ValueError(
             f"test_input_shape (={test_input_shape!r}) must be a shape, or shapes, of integers"

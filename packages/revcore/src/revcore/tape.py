@@ -75,9 +75,8 @@ class Tape:
 
     def keep(self, index: int, streams: Streams) -> None:
         """Keeps the streams as they stood before step `index`, to restart from exactly."""
-        self.anchors[index] = Saved(
-            streams, "an input that a reversible chain or revcore.recompute keeps"
-        )
+        what = "an input that a reversible chain or revcore.recompute keeps"
+        self.anchors[index] = Saved(streams, what)
 
     def seal(self, outputs: Sequence[Tensor], *, overlap: bool) -> None:
         """Ends the recording.
