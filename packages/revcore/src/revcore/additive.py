@@ -48,13 +48,11 @@ class AdditiveCoupling(Coupling):
         return adding(steps) if type(self) is AdditiveCoupling else steps
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        if t.shape != a.shape:
-            raise misfit(a, t)
+        refuse_misfit(a, t)
         return a + t
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        if t.shape != a.shape:
-            raise misfit(a, t)
+        refuse_misfit(a, t)
         return a - t
 
     log_det = None  # type: ignore[assignment]  # it keeps volumes
@@ -67,12 +65,13 @@ class AdditiveCoupling(Coupling):
         return grad, -grad
 
 
-def misfit(a: Tensor, t: Tensor) -> ValueError:
-    """Creates the error for a branch's output of another shape than the stream `a`.
+def refuse_misfit(a: Tensor, t: Tensor) -> None:
+    """Raises for a branch's output of another shape than the stream `a`.
 
     Broadcasting would hide a mistake: the branch's gradient would not have its output's shape.
     """
-    return ValueError(
-        f"a branch must return the shape of the stream that it is added to: the stream has "
-        f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
-    )
+    if t.shape != a.shape:
+        raise ValueError(
+            f"a branch must return the shape of the stream that it is added to: the stream has "
+            f"{tuple(a.shape)}, the branch returned {tuple(t.shape)}"
+        )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from revcore.adding import adding
-from revcore.additive import AdditiveCoupling, misfit
+from revcore.additive import AdditiveCoupling, refuse_misfit
 from revcore.grid import move
 from revcore.half_step import HalfStep
 
@@ -70,15 +70,12 @@ class FixedPointCoupling(AdditiveCoupling):
         return adding(steps) if type(self) is FixedPointCoupling else steps
 
     def combine(self, a: Tensor, t: Tensor) -> Tensor:
-        return self._move(a, t, 1)
+        refuse_misfit(a, t)
+        return move(a, t, self.fraction_bits, 1)
 
     def uncombine(self, a: Tensor, t: Tensor) -> Tensor:
-        return self._move(a, t, -1)
-
-    def _move(self, a: Tensor, t: Tensor, sign: int) -> Tensor:
-        if t.shape != a.shape:
-            raise misfit(a, t)
-        return move(a, t, self.fraction_bits, sign)
+        refuse_misfit(a, t)
+        return move(a, t, self.fraction_bits, -1)
 
     # The gradients of sums, and no log-determinant, which other arithmetic would not have.
     log_det = None
