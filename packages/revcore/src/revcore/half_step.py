@@ -140,8 +140,6 @@ class HalfStep(Step):
         HalfStep(AdditiveCoupling, Tanh, target=1, source=0)
     """
 
-    measures = False
-
     def __init__(
         self, scheme: Scheme, branch: nn.Module, target: int, source: int, *, inverted: bool = False
     ) -> None:
@@ -179,7 +177,7 @@ class HalfStep(Step):
         if log_det is None:
             return self
         step = HalfStep(self.scheme, self.branch, self.target, self.source, inverted=self.inverted)
-        step.call, step.measures = self.call, True
+        step.measures = True
         return step
 
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:

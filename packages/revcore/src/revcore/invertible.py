@@ -31,7 +31,6 @@ class InvertibleStep(Step):
         inverted: Whether this is the update (False) or the way back (True).
     """
 
-    measures = False
     repeats = False
     _dtype: torch.dtype | None = None
 

@@ -49,6 +49,7 @@ class Step(ABC):
         place: What gives a tensor of one number, which a step with a grid may make infinite if it
             writes a value that is too large. Whoever applies the step sets it.
         looked: Whether the step has looked for such values.
+        measures: Whether the step gives its log-determinant, too.
         repeats: Whether undoing the step runs the branch as applying it did.
         self_contained: Whether its own arithmetic is known to use its arguments alone.
     """
@@ -60,6 +61,7 @@ class Step(ABC):
     grid: int | None = None
     place: Callable[[], Tensor] | None = None
     looked = False
+    measures = False
     repeats = True
     self_contained = False
 
@@ -90,6 +92,7 @@ class Step(ABC):
             the step to before it, and returns those of the branch's leaves. None stands for zeros.
         """
 
+    @abstractmethod
     def measured(self) -> Step:
         """Creates the same step, which gives its log-determinant too, for a chain that asks for it.
 
@@ -99,7 +102,6 @@ class Step(ABC):
         Raises:
             TypeError: If the step has none.
         """
-        raise TypeError(f"{self!r} has no log-determinant; give the chain log_det=False")
 
     @abstractmethod
     def inverse(self) -> Step:
