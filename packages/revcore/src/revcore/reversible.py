@@ -121,15 +121,14 @@ class Reversible(nn.Module):
             alone = _alone_untraced if "torch._dynamo" in sys.modules else Reversible._alone
             return alone(self, x, kwargs, inverted=inverted)
         # It joins the chain around it, whose choice of reversing or storing holds for all.
-        if len(x) < 2:
-            streams = split(x, self.split_dim, self.streams)
-            return join(x, self._run(call, streams, kwargs, inverted=inverted), self.split_dim)
+        streams = split(x, self.split_dim, self.streams)
         # It is called as a module is, whose hooks see its streams.
-        apart, call.apart = call.apart, True
+        apart, call.apart = call.apart, call.apart or len(x) > 1
         try:
-            return self._run(call, x, kwargs, inverted=inverted)
+            outputs = self._run(call, streams, kwargs, inverted=inverted)
         finally:
             call.apart = apart
+        return join(x, outputs, self.split_dim)
 
     def _run(self, call: Call, streams: Streams, kwargs: Arguments, *, inverted: bool) -> Streams:
         parts = self._parts(len(streams), call.split_dim, inverted=inverted)
