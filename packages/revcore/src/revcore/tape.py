@@ -62,11 +62,11 @@ class Tape:
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
+        # Streams that are kept, by the step before which they stood; the outputs come after all.
         self.anchors: dict[int, Saved] = {}
         # Those of the streams before all steps, if these must come back bit for bit.
         self.sums: Tensor | None = None
         self._sums: list[int] | None = None
-        self._outputs: Saved | None = None
         # A step, and the streams as they stood before it.
         self._cursor: tuple[int, list[Tensor]] | None = None
         self._side: torch.cuda.Stream | None = None
@@ -86,7 +86,7 @@ class Tape:
             overlap: Whether to rebuild a step while the one after it is differentiated, if a CUDA
                 graph is being captured. Without one the GPU waits for Python, not for itself.
         """
-        self._outputs = Saved(outputs, "the output of a reversible chain")
+        self.anchors[len(self.records)] = Saved(outputs, "the output of a reversible chain")
         if self.sums is not None:
             # The host has just waited for the device to know that nothing overflowed.
             self._sums, self.sums = self.sums.tolist(), None
@@ -136,7 +136,6 @@ class Tape:
                 self.records.clear()
                 self.truth.clear()
                 self.anchors.clear()
-                self._outputs = None
         return found
 
     def _overlapped(
@@ -193,14 +192,12 @@ class Tape:
         return streams
 
     def _restart(self, start: int, *, retain: bool) -> list[Tensor]:
-        if start in self.anchors:
-            return list(self.anchors[start].get())
-        if self._outputs is None:
+        if start not in self.anchors:
             raise RuntimeError(_SECOND_TIME)
-        streams = list(self._outputs.get())
-        if not retain:
+        streams = list(self.anchors[start].get())
+        if start == len(self.records) and not retain:
             # Handed over, not copied: the outputs' memory is free once both streams moved on.
-            self._outputs = None
+            del self.anchors[start]
         return streams
 
 
