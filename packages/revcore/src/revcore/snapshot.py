@@ -45,14 +45,15 @@ class Snapshot:
 
     Args:
         modules: Those modules.
+        parts: Snapshots of others, which this one is of, too.
 
     Attributes:
-        modules: The same.
+        modules: All of them.
         scripted: ScriptModules among them, in which nothing can be put back: their tables are made
             anew each time that one asks.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], parts: Sequence[Snapshot] = ()) -> None:
         self.modules = list(modules)
         # Entries that are known to be no tensors, and the others.
         self._quick: list[_Entry] = []
@@ -72,9 +73,11 @@ class Snapshot:
             for table in tables:
                 tensors = not contained or table is module._parameters or table is module._buffers
                 (self._slow if tensors else self._quick).append((module, table, dict(table)))
-        self._index()
-
-    def _index(self) -> None:
+        for part in parts:
+            self.modules += part.modules
+            self._quick += part._quick
+            self._slow += part._slow
+            self._lists += part._lists
         self.scripted = [m for m in self.modules if isinstance(m, torch.jit.ScriptModule)]
         self._states = [*map(_state_of, self.scripted)]
         self._kinds = [*map(type, self.modules)]
@@ -87,18 +90,6 @@ class Snapshot:
         self._with_tensors = [
             (table, held) for _, table, held in self._entries if any(map(is_tensor, held.values()))
         ]
-
-    @classmethod
-    def join(cls, parts: Sequence[Snapshot]) -> Snapshot:
-        """Creates one snapshot of several."""
-        whole = cls(())
-        for part in parts:
-            whole.modules += part.modules
-            whole._quick += part._quick
-            whole._slow += part._slow
-            whole._lists += part._lists
-        whole._index()
-        return whole
 
     def holds(self) -> bool:
         """Tells whether the modules hold the very same objects."""

@@ -190,7 +190,7 @@ class Group:
         self.branches = branches
         self.surveys = surveys = [Survey(branch) for branch in branches]
         self.modules = [module for survey in surveys for module in survey.modules]
-        self.snapshot = Snapshot.join([survey.snapshot for survey in surveys])
+        self.snapshot = Snapshot((), [survey.snapshot for survey in surveys])
         self.tensors = [t for survey in surveys for t in [*survey.tensors, *survey.constants]]
         self.lasts = all(survey.lasts for survey in surveys)
         self.needed = needs_of(self.tensors)
