@@ -50,9 +50,7 @@ class track_drift:  # noqa: N801 - used as a function: `with track_drift()`
     def __exit__(self, *_: object) -> None:
         track_drift.current = self._outer
 
-    def compare(
-        self, branch: nn.Module, streams: Sequence[Tensor], truth: Sequence[Tensor]
-    ) -> None:
+    def compare(self, branch: nn.Module, streams: list[Tensor], truth: Sequence[Tensor]) -> None:
         """Notes how far streams are from what they were before a step; the engine calls it."""
         errors = [
             _norm(stream - true) / _norm(true).clamp_min(torch.finfo(torch.float64).tiny)

@@ -104,10 +104,8 @@ class Survey:
             if module not in self.snapshot.scripted:
                 self._sort(module)
         # Replicas of nn.DataParallel hold them elsewhere.
-        tables = [
-            t for m in modules for t in (m._parameters, vars(m).get("_former_parameters", {}))
-        ]
-        tensors = dict.fromkeys(tensor for table in tables for tensor in table.values())
+        dicts = [t for m in modules for t in (m._parameters, vars(m).get("_former_parameters", {}))]
+        tensors = dict.fromkeys(tensor for each in dicts for tensor in each.values())
         tensors.pop(None, None)
         self.tensors: list[Tensor] = [*tensors]
         self.needed = needs_of(self.tensors)
