@@ -200,10 +200,10 @@ def test_what_a_call_made_no_use_of_is_not_kept(device: torch.device) -> None:
     chain[4].keep_input = True
     x = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
     chain(x)
-    assert list(chain._groups._found) == [0, 8, 22]
+    assert list(chain._groups) == [0, 8, 22]
     chain[4].keep_input = False
     chain(x)
-    assert list(chain._groups._found) == [0, 16, 22]
+    assert list(chain._groups) == [0, 16, 22]
     with torch.no_grad():
         chain(x)
-    assert not chain._groups._found
+    assert not chain._groups

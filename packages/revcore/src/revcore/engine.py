@@ -208,7 +208,12 @@ def _run_reversed(
     """Runs steps as a node, from the first that needs a gradient."""
     records: list[Replay] = []
     needs = [stream.requires_grad for stream in streams]
-    group = call.groups.get(call.branches, [step.branch for step in steps], call.found)
+    branches = [step.branch for step in steps]
+    group = call.groups.get(call.branches)
+    if group is None or group.branches != branches or not group.holds():
+        group = Group(branches)
+    if group.lasts:
+        call.found[call.branches] = group
     call.branches += len(steps)
     seen = Seen(group, kwargs, call.given)
     for step, survey in zip(steps, group.surveys, strict=True):

@@ -151,7 +151,8 @@ class Reversible(nn.Module):
             thread.call = None
         y = join(x, outputs, self.split_dim)
         # Without gradients there are none, so that nothing old lives on, nor anything lent.
-        groups.close({} if is_lending() else call.found)
+        groups.clear()
+        groups.update({} if is_lending() else call.found)
         if tape is not None:
             if isinstance(y, Tensor) and len(outputs) > 1:
                 # The joined output is what the next layer keeps: keep views, not the parts beside.

@@ -209,33 +209,11 @@ class Group:
         )
 
 
-class Groups:
-    """The groups of one call of a chain after the other, by the number of branches that ran before.
+class Groups(dict[int, Group]):
+    """The groups of one call of a chain, by the number of branches that ran before.
 
     They are not part of the chain: a copy of it begins with none.
     """
 
-    def __init__(self) -> None:
-        self._found: dict[int, Group] = {}
-
     def __reduce__(self) -> tuple[type[Groups], tuple[()]]:
         return Groups, ()
-
-    def get(self, before: int, branches: Sequence[nn.Module], found: dict[int, Group]) -> Group:
-        """Returns a group of branches as they are now.
-
-        Args:
-            before: How many branches ran before in this call.
-            branches: The branches.
-            found: The groups of this call, to which it is added.
-        """
-        group = self._found.get(before)
-        if group is None or group.branches != branches or not group.holds():
-            group = Group(branches)
-        if group.lasts:
-            found[before] = group
-        return group
-
-    def close(self, found: dict[int, Group]) -> None:
-        """Ends a call, with its groups. Those that it made no use of are not kept any longer."""
-        self._found = found
