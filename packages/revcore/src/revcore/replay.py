@@ -104,8 +104,8 @@ class Replay(Memory):
             TypeError: If the branch returns anything but a tensor.
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
+        self._stride, self._dtype = x.stride(), x.dtype
         if self._quick:
-            self._stride, self._dtype = x.stride(), x.dtype
             if not self._survey.draws:
                 return self._run(x)
             with TURN:
@@ -126,7 +126,6 @@ class Replay(Memory):
         if not survey.contained:
             # A stand-in, because a hook that a branch sets on its input belongs to the repetition.
             x = x.detach()
-        self._stride, self._dtype = x.stride(), x.dtype
         if _is_any_autocast_enabled():
             self._autocast = autocast_now(survey.kinds(x))
         if survey.lazy:
