@@ -8,6 +8,7 @@ same does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -117,7 +118,9 @@ class Survey:
         self.simple = self.contained and self.plain and not (self.buffers or self.lazy)
         self.draws = not self.contained or draw(modules)
         self.remembers = not are_of_torch(modules)
-        self.untracked = Untracked(self.norms)
+        self.untracked: AbstractContextManager[None] = (
+            Untracked(self.norms) if self.norms else nullcontext()
+        )
         self.repeats_simply = self.simple and not (self.norms or self.draws)
         self.settled = all(is_settled(buffer, flag) for buffer, flag in self.buffers)
         # Of what was computed from other parameters (functional_call) nothing must stay alive, nor
