@@ -73,6 +73,28 @@ def test_autocast(scheme, inside):
         assert (ours[name] - expected).norm() <= 0.02 * expected.norm(), name
 
 
+class Own(nn.Module):
+    """Is tried before it is compiled, because nothing is known of its class."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x):
+        return torch.tanh(self.conv(x))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_streams_in_the_precision_of_autocast(inside):
+    chain = revcore.ReversibleSequential(*(revcore.ReversibleBlock(Own()) for _ in range(3)))
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    x = torch.randn(2, 8, 5, dtype=torch.bfloat16)
+    run = compiled(under_autocast(chain)) if inside else under_autocast(compiled(chain))
+    ours, stored = gradients(run, chain, x), gradients(under_autocast(twin), twin, x)
+    for name, expected in stored.items():
+        assert (ours[name] - expected).norm() <= 0.05 * expected.norm(), name
+
+
 class Scaled(nn.Linear):
     def forward(self, x, scale, times=1):
         return torch.tanh(super().forward(x)) * scale * times

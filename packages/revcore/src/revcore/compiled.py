@@ -48,7 +48,8 @@ _Branch = tuple[Step, list[str], list[str]]
 Kind = tuple[list[int], torch.dtype, str]
 """Shape, dtype and device of a tensor, as torch.compile can pass them."""
 
-_NO_CAST = ("cpu", False, torch.bfloat16)
+Autocast = tuple[str, bool, torch.dtype]
+"""Kind of a device, whether autocast is on there, and its dtype."""
 
 
 def run_stored(
@@ -110,6 +111,13 @@ def run_compiled(
     return tuple([output.clone() for output in outputs])
 
 
+def _autocast_now(device_type: str) -> list[Autocast]:
+    return [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", device_type)
+    ]
+
+
 class _ChainNode(torch.autograd.Function):
     """A chain, reversed: all streams to all streams."""
 
@@ -117,10 +125,7 @@ class _ChainNode(torch.autograd.Function):
     def forward(ctx: Any, plan: Any, count: int, *tensors: Tensor) -> Streams:
         branches, kept, kwargs, names, _ = plan
         ctx.plan = plan
-        ctx.autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in ("cpu", tensors[0].device.type)
-        ]
+        ctx.autocast = _autocast_now(tensors[0].device.type)
         buffers = [
             step.branch.get_buffer(name).clone() for step, _, found in branches for name in found
         ]
@@ -155,7 +160,7 @@ class _ChainNode(torch.autograd.Function):
             before = None
             if number in kept:
                 before = tuple([anchors.pop() for _ in streams][::-1])
-            again = _Again(step, kwargs, names, parameters, state, ctx.autocast, [*arguments, *own])
+            again = _Again(step, kwargs, ctx.autocast, names, parameters, state, [*arguments, *own])
             gradients = step.rebuild(again, streams, before)(stream_grads)
             extra, own_grads = gradients[: len(names)], gradients[len(names) :]
             argument_grads = [a + b for a, b in zip(argument_grads, extra, strict=True)]
@@ -172,10 +177,10 @@ class _Again(NamedTuple):
 
     step: Step
     kwargs: Arguments
+    autocast: Sequence[Autocast]
     names: Sequence[str] = ()
     parameters: Sequence[str] = ()
     buffers: Mapping[str, Tensor] = {}
-    autocast: Sequence[tuple[str, bool, torch.dtype]] = (_NO_CAST, _NO_CAST)
     leaves: Sequence[Tensor] = ()
 
     def run(self, x: Tensor, *leaves: Tensor, call: Callable[..., Tensor] | None = None) -> Tensor:
@@ -248,13 +253,14 @@ def _find_fault(
         tensors = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in kinds]
         count = len(tensors) - len(names)
         streams = tensors[:count]
+        autocast = _autocast_now(streams[0].device.type)
         kwargs = {**constants, **dict(zip(names, tensors[count:], strict=True))}
         known = [parameter for step in steps for parameter in step.branch.parameters()]
         try:
             for step in steps:
                 # A compiled branch adds to no stream by itself.
                 apply: Any = HalfStep.apply if type(step) is AddingStep else type(step).apply
-                apply(step, _Probe(step, kwargs).run, streams)
+                apply(step, _Probe(step, kwargs, autocast).run, streams)
             for stream in streams:
                 if stream.requires_grad:
                     refuse_foreign_leaves(stream, known, "a branch or a coupling")
