@@ -154,15 +154,30 @@ class Energy(nn.Module):
             return torch.autograd.grad(self.inner(x).square().sum(), x, create_graph=True)[0]
 
 
+class Hamiltonian(Energy):
+    """Makes a leaf of its input where that requires no gradient."""
+
+    def forward(self, x):
+        return super().forward(x if x.requires_grad else x.detach())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("needs_x", [False, True])
-def test_a_branch_that_differentiates_by_its_input(needs_x, x):
+@pytest.mark.parametrize("branch", [Energy, Hamiltonian])
+def test_a_branch_that_differentiates_by_its_input(branch, needs_x, frozen, x):
     def take(net, x):
         net.zero_grad()
         x = x.clone().requires_grad_(needs_x)
         net(x).square().sum().backward()
-        return [p.grad for p in net.parameters()] + ([x.grad] if needs_x else [])
+        leaves = [p for p in net.parameters() if p.requires_grad]
+        return [p.grad for p in leaves] + ([x.grad] if needs_x else [])
 
-    assert_as_stored(lambda: chain_of_branches(Energy()), x, take)
+    def make():
+        chain = chain_of_branches(branch())
+        chain[0].requires_grad_(not frozen)
+        return chain
+
+    assert_as_stored(make, x, take)
 
 
 def replica_of(net):

@@ -254,10 +254,11 @@ def _run_each(
 
 
 def _run_frozen(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:
+    x = x.detach()  # of which the branch may make a leaf
     t = run_branch(step.call, x, kwargs)
     if t.requires_grad:
-        refuse_foreign_leaves(t, (), f"branch {type(step.branch).__name__}")
-    return t
+        refuse_foreign_leaves(t, (x,), f"branch {type(step.branch).__name__}", x)
+    return t.detach()
 
 
 def _run_stored(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def differentiate(
     wanted: Any = inputs if inputs[0].requires_grad else inputs[1:]
     if t.requires_grad and (has_arguments or not (survey.contained and survey.walked)):
         survey.walked = True
-        refuse_foreign_leaves(t, inputs, f"branch {survey.name}")
+        refuse_foreign_leaves(t, inputs, f"branch {survey.name}", inputs[0])
     if not (t.requires_grad and wanted):
         return [None] * len(inputs)
     if grad.dtype != t.dtype:
@@ -72,7 +72,9 @@ class ForeignLeafError(RuntimeError):
     """A graph ends in a tensor that would get no gradient."""
 
 
-def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None:
+def refuse_foreign_leaves(
+    t: Tensor, known: Sequence[Tensor], what: str, x: Tensor | None = None
+) -> None:
     """Raises if the graph of `t` ends in a tensor that would get no gradient.
 
     The gradient of a step goes to its streams, to the branch's parameters and to the extra
@@ -83,6 +85,8 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None
         t: A result that requires a gradient, with its graph.
         known: The leaves that get their gradient.
         what: What computed it, for the message.
+        x: The input of what computed it. If it requires no gradient, the branch may have made a
+            leaf of it, as one does that differentiates an energy.
 
     Raises:
         ForeignLeafError: Naming the shape of the foreign leaf.
@@ -99,8 +103,14 @@ def refuse_foreign_leaves(t: Tensor, known: Sequence[Tensor], what: str) -> None
             seen.add(following)
             if type(following) is not _Leaf:
                 nodes.append(following)
-            elif id(leaf := following.variable) not in expected:
+            elif id(leaf := following.variable) not in expected and not _is_made_of(leaf, x):
                 raise _foreign(leaf, what)
+
+
+def _is_made_of(leaf: Tensor, x: Tensor | None) -> bool:
+    if x is None or x.requires_grad or leaf.layout is not x.layout or leaf.shape != x.shape:
+        return False
+    return leaf.data_ptr() == x.data_ptr()
 
 
 def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
