@@ -22,6 +22,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from revcore.adding import AddingStep
 from revcore.arguments import Arguments, takes_gradient
+from revcore.autocast import Autocast, autocast_now
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.half_step import HalfStep
@@ -47,9 +48,6 @@ _Branch = tuple[Step, list[str], list[str]]
 
 Kind = tuple[list[int], torch.dtype, str]
 """Shape, dtype and device of a tensor, as torch.compile can pass them."""
-
-Autocast = tuple[str, bool, torch.dtype]
-"""Kind of a device, whether autocast is on there, and its dtype."""
 
 
 def run_stored(
@@ -111,13 +109,6 @@ def run_compiled(
     return tuple([output.clone() for output in outputs])
 
 
-def _autocast_now(device_type: str) -> list[Autocast]:
-    return [
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in ("cpu", device_type)
-    ]
-
-
 class _ChainNode(torch.autograd.Function):
     """A chain, reversed: all streams to all streams."""
 
@@ -125,7 +116,7 @@ class _ChainNode(torch.autograd.Function):
     def forward(ctx: Any, plan: Any, count: int, *tensors: Tensor) -> Streams:
         branches, kept, kwargs, names, _ = plan
         ctx.plan = plan
-        ctx.autocast = _autocast_now(tensors[0].device.type)
+        ctx.autocast = autocast_now(("cpu", tensors[0].device.type))
         buffers = [
             step.branch.get_buffer(name).clone() for step, _, found in branches for name in found
         ]
@@ -177,7 +168,7 @@ class _Again(NamedTuple):
 
     step: Step
     kwargs: Arguments
-    autocast: Sequence[Autocast]
+    autocast: Autocast
     names: Sequence[str] = ()
     parameters: Sequence[str] = ()
     buffers: Mapping[str, Tensor] = {}
@@ -204,11 +195,11 @@ class _Again(NamedTuple):
         return t, lambda grad: pull(grad.to(t.dtype))
 
     def compute(self, function: Callable[..., Any], /, *arguments: Any, **kwargs: Any) -> Any:
-        # The CPU's state, and that of the device if it is another one; twice the same does no harm.
-        (kind, enabled, dtype), (kind_2, enabled_2, dtype_2) = self.autocast
+        states, kind = dict(self.autocast), arguments[0].device.type
+        # Twice the CPU's does no harm.
         with (
-            torch.autocast(kind, dtype=dtype, enabled=enabled),
-            torch.autocast(kind_2, dtype=dtype_2, enabled=enabled_2),
+            torch.autocast("cpu", dtype=states.get("cpu"), enabled="cpu" in states),
+            torch.autocast(kind, dtype=states.get(kind), enabled=kind in states),
         ):
             return function(*arguments, **kwargs)
 
@@ -253,7 +244,7 @@ def _find_fault(
         tensors = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in kinds]
         count = len(tensors) - len(names)
         streams = tensors[:count]
-        autocast = _autocast_now(streams[0].device.type)
+        autocast = autocast_now(("cpu", streams[0].device.type))
         kwargs = {**constants, **dict(zip(names, tensors[count:], strict=True))}
         known = [parameter for step in steps for parameter in step.branch.parameters()]
         try:

@@ -42,8 +42,9 @@ _OTHER_DRAWS = (
     "a reversible branch drew other random numbers when it was repeated: how many it draws depends "
     "on values, which come back rounded (nn.RReLU, torch.poisson), another thread drew from the "
     "same generator during its forward pass, or the branch behaves differently from call to call. "
-    "Values come back exactly with keep_input=True in each block, or in a chain of "
-    'coupling="fixed_point"; a thread may draw from a torch.Generator of its own.'
+    "Values come back exactly with keep_input=True in each block of two branches, or in a chain of "
+    'coupling="fixed_point"; a thread may draw from a torch.Generator of its own; or store the '
+    "activations: revcore.set_reversing(model, False)."
 )
 _CUDNN_DRAWS = (
     "branch {} has a recurrent layer with dropout, for which cuDNN draws numbers that nobody "
