@@ -138,6 +138,9 @@ def _answer(
 ) -> Answer:
     try:
         observed = _run(query, adapter, device)
+        if device.type == "cuda":
+            # What a library breaks on the device would be told of later, as if the case were.
+            torch.cuda.synchronize()
     except CannotAskError:
         raise
     except WrongError as wrong:

@@ -44,6 +44,10 @@ class Mixing(revcore.Coupling):
         return (a - shift) / scale
 
 
+class Log(list):
+    """A list that nobody puts back, in which a module can note all that it does."""
+
+
 traceable = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
     reason="the tracer of torch 2.6 cannot follow a chain; 2.11 is the oldest that was tried",

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter, defaultdict, deque
 
 import pytest
 import torch
@@ -329,3 +330,148 @@ def test_a_branch_that_changes_the_branch_after_it(x):
         return revcore.ReversibleSequential(revcore.ReversibleBlock(Toggles(drop), drop))
 
     assert_as_stored(make, x, steps=3)
+
+
+class Deep(nn.Module):
+    """Keeps numbers and tensors in containers inside of others, of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.state = {"ema": {"n": 0, "mean": torch.zeros(4)}, "pair": ([0], {"n": 0})}
+        self.log = defaultdict(list)
+        self.counts, self.window, self.known = Counter(), deque(maxlen=3), set()
+
+    def forward(self, x):
+        n = self.counts["runs"]
+        ema = self.state["ema"]
+        ema["n"] += 1
+        ema["mean"] = ema["mean"].to(x) * 0.5 + x.detach().mean(0)
+        self.state["pair"][0][0] += 1
+        self.state["pair"][1]["n"] += 1
+        self.log["norms"].append(float(x.detach().norm()))
+        self.counts["runs"] += 1
+        self.window.append(n)
+        self.known.add(n)
+        scale = ema["n"] + self.state["pair"][0][0] + self.state["pair"][1]["n"]
+        scale += len(self.log["norms"]) + self.counts["runs"] + sum(self.window) + len(self.known)
+        return torch.tanh(self.linear(x + ema["mean"])) * scale
+
+
+def test_containers_inside_of_containers(x):
+    chain = assert_as_stored(lambda: chain_of_branches(Deep()), x, steps=5)
+    for branch in (m for m in chain.modules() if isinstance(m, Deep)):
+        assert branch.state["ema"]["n"] == len(branch.log["norms"]) == branch.counts["runs"] == 5
+        assert list(branch.window) == [2, 3, 4]
+        assert branch.known == {0, 1, 2, 3, 4}
+        assert branch.state["pair"] == ([5], {"n": 5})
+
+
+def test_a_log_of_many_entries(x):
+    chain = chain_of_branches(Logs()).to(x)
+    for branch in (m for m in chain.modules() if isinstance(m, Logs)):
+        branch.losses += [0.0] * 5000
+    assert_as_stored(lambda: copy.deepcopy(chain), x)
+
+
+class Hides(nn.Module):
+    """Holds a module without registering it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+        norm = nn.BatchNorm1d(4, affine=False, momentum=0.5).double()
+        if how == "list":
+            self.norms = [norm]
+        elif how == "tuple":
+            self.norms = (norm, "name")
+        else:
+            self.__dict__["norms"] = {0: norm}
+
+    def forward(self, x):
+        norm = self.norms[0]
+        y = norm(x)
+        return self.linear(y) * norm.running_mean.sum().cos() * norm.num_batches_tracked
+
+
+def states_after(take):
+    def taken(net, x):
+        hidden = [m.norms[0] for m in net.modules() if isinstance(m, Hides)]
+        return [*take(net, x), *(buffer.double() for norm in hidden for buffer in norm.buffers())]
+
+    return taken
+
+
+@pytest.mark.parametrize("how", ["list", "tuple", "attribute"])
+def test_modules_that_are_not_registered(how, x):
+    if x.is_cuda:
+        pytest.skip("a hidden module does not move with the others")
+    assert_as_stored(lambda: chain_of_branches(Hides(how)), x, states_after(step_of), steps=3)
+
+
+def test_a_branch_that_holds_what_holds_it(x):
+    chain = chain_of_branches(Notes(["nothing"])).to(x)
+    for branch in (m for m in chain.modules() if isinstance(m, Notes)):
+        branch.notes = [chain, nn.Linear(4, 4)]
+    found = step_of(chain, x)
+    torch.testing.assert_close(found, step_of(revcore.set_reversing(chain, False), x))
+
+
+class Normed(nn.Module):
+    """Gets a module as an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, *, norm):
+        norm = norm["norm"] if isinstance(norm, dict) else norm
+        y = self.linear(norm(x))
+        return y * norm.running_mean.sum().cos() * int(norm.num_batches_tracked)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_modules_among_the_arguments(nested, x):
+    norms = [nn.BatchNorm1d(4, affine=False, momentum=0.5).to(x) for _ in range(2)]
+    one, two = chain_of_branches(Normed()).to(x), None
+    two = revcore.set_reversing(copy.deepcopy(one), False)
+    for _ in range(3):
+        found = []
+        for net, norm in zip((one, two), norms, strict=True):
+            net.zero_grad()
+            y = net(x.clone().requires_grad_(), norm={"norm": norm} if nested else norm)
+            y.square().sum().backward()
+            found.append([y, *(p.grad for p in net.parameters()), *norm.buffers()])
+        torch.testing.assert_close(*found)
+
+
+class Batch(dict):
+    """A dict of a class of one's own."""
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, *, batch):
+        batch["n"] += 1
+        return self.linear(x * batch["scale"]) * batch["n"]
+
+
+@pytest.mark.parametrize("kind", [dict, Batch, Counter])
+def test_arguments_in_a_dict_of_any_class(kind, x):
+    chain = chain_of_branches(Reads()).to(x)
+    found = []
+    for net in (chain, revcore.set_reversing(copy.deepcopy(chain), False)):
+        scale = torch.full((4,), 2.0, requires_grad=True, dtype=x.dtype, device=x.device)
+        batch = kind({"n": 0, "scale": scale})
+        net(x, batch=batch).square().sum().backward()
+        found.append([scale.grad, *(p.grad for p in net.parameters())])
+        assert batch["n"] == 4
+    torch.testing.assert_close(*found)
+    batch = kind({"n": 0, "scale": torch.ones(4).to(x)})
+    loss = chain(x.requires_grad_(), batch=batch).sum()
+    batch["scale"].zero_()
+    with pytest.raises(RuntimeError, match="argument 'batch' was changed in place"):
+        loss.backward()

@@ -227,3 +227,104 @@ def test_an_optimizer_that_steps_as_gradients_come(scheme, streams, device):
             (y if streams == 1 else torch.cat(y, 1)).square().sum().backward()
         found.append([x.grad, *chain.parameters()])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reversing", [False, True])
+def test_a_branch_that_differentiates_by_its_input_without_gradients(reversing, x):
+    chain = chain_of_branches(Hamiltonian()).to(x)
+    revcore.set_reversing(chain, reversing)
+    streams = [stream.contiguous() for stream in x.chunk(2, 1)]
+    with torch.no_grad():
+        expected = chain(*streams)
+        needing = [stream.clone().requires_grad_() for stream in streams]
+        torch.testing.assert_close(chain(*needing), expected)
+
+
+class Secret(nn.Module):
+    """Reads a tensor that is neither its input nor a parameter."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.linear, self.secret = nn.Linear(4, 4), (tensor,)
+
+    def forward(self, x):
+        return self.linear(x * self.secret[0])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_a_stream_that_shares_memory_with_a_tensor_from_elsewhere(keep_input, frozen):
+    weight = torch.randn(6, 4, requires_grad=True)
+    block = revcore.ReversibleBlock(Secret(weight), nn.Linear(4, 4), keep_input=keep_input)
+    block.coupling.f.requires_grad_(not frozen)
+    with pytest.raises(RuntimeError, match="would get no gradient"):
+        block(torch.randn(6, 4), weight.detach())[1].sum().backward()
+
+
+class Floors(nn.Module):
+    """Returns integers, which have no gradient."""
+
+    def forward(self, x):
+        return (x > 0).long()
+
+
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_a_branch_that_returns_integers(coupling, x):
+    def make():
+        return revcore.ReversibleSequential(
+            revcore.ReversibleBlock(plain(), Floors(), coupling=coupling),
+            revcore.ReversibleBlock(plain(), plain(), coupling=coupling),
+        )
+
+    assert_as_stored(make, x)
+
+
+class Merged(nn.Module):
+    """Uses a weight that was computed from its parameters before."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.factor = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def merge(self):
+        self.weight = self.base + self.factor @ self.factor.T
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_weight_that_was_computed_before_the_calls(calls, x):
+    def make():
+        branch = Merged()
+        return revcore.ReversibleSequential(revcore.ReversibleBlock(branch, branch))
+
+    def take(net, x):
+        net.zero_grad()
+        net[0].coupling.f.merge()
+        x = x.clone().requires_grad_()
+        sum(net(x * number).square().sum() for number in range(calls)).backward()
+        return [x.grad, *(p.grad for p in net.parameters())]
+
+    assert_as_stored(make, x, take)
+
+
+class Watched(nn.Module):
+    """Registers a hook on a result of its own."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.how != "where there is a graph" or y.requires_grad:
+            y.retain_grad() if self.how == "retained" else y.register_hook(lambda grad: 2 * grad)
+        return y.tanh()
+
+
+def test_hooks_on_results_of_a_branch(x):
+    assert_as_stored(lambda: chain_of_branches(Watched("where there is a graph")), x)
+    for how in ("at once", "retained"):
+        with pytest.raises(RuntimeError, match="branch Watched needs a graph of its own run"):
+            chain_of_branches(Watched(how)).to(x)(x.requires_grad_())

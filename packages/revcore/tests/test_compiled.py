@@ -205,6 +205,70 @@ def test_any_module_with_an_inverse(device):
     assert_same(gradients(compiled(chain), chain, x), gradients(twin, twin, x), 1e-5)
 
 
+class Transposed(nn.Module):
+    """Gives a tensor whose dimensions lie in another order."""
+
+    def forward(self, x):
+        return x.t().flip(0).t()
+
+    inverse = forward
+
+    def log_det(self, x):
+        return x.new_zeros(len(x))
+
+
+@pytest.mark.parametrize("log_det", [False, True])
+@pytest.mark.parametrize("reversing", [False, True])
+def test_invertible_modules_alone(reversing, log_det, device):
+    chain = revcore.ReversibleSequential(Transposed(), Transposed(), log_det=log_det).to(device)
+    revcore.set_reversing(chain, reversing)
+    x = torch.randn(6, 8, device=device)
+    torch.testing.assert_close(compiled(chain)(x), chain(x))
+    torch.testing.assert_close(compiled(chain.inverse)(x), chain.inverse(x))
+
+
+class Tokens(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.LayerNorm(4), nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
+
+
+class Scale(nn.Module):
+    """Is invertible."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x):
+        return x * self.weight
+
+    def inverse(self, y):
+        return y / self.weight
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_branches_whose_cuda_graphs_take_the_memory_of_the_run_before(accumulates, device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need --device cuda")
+    torch.manual_seed(0)
+    blocks = [revcore.ReversibleBlock(Tokens(), coupling="additive") for _ in range(2)]
+    chain = revcore.ReversibleSequential(*blocks, Scale(), Scale()).to(device)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for block in blocks:
+        block.coupling.f.compile(mode="reduce-overhead")
+        block.coupling.g.compile(mode="reduce-overhead")
+    for module in chain[2:]:
+        module.compile(mode="reduce-overhead")
+    for _ in range(4):
+        found = []
+        for net in (chain, twin):
+            if not accumulates:
+                net.zero_grad()
+            net(torch.linspace(-2, 2, 48, device=device).view(6, 8)).square().mean().backward()
+            found.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
 class Masked(nn.Module):
     """Gets a mask, and a condition that takes a gradient."""
 

@@ -1,11 +1,10 @@
 """A branch that adds its results to the streams by itself changes only where that happens."""
 
 import copy
-from collections import deque
 
 import pytest
 import torch
-from cases import traceable
+from cases import Log, traceable
 from torch import nn
 
 import revcore
@@ -52,7 +51,7 @@ class Adding(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.linear = nn.Linear(width, width)
-        self.seen = deque()  # which nobody puts back, as a list
+        self.seen = Log()
 
     def compute(self, x):
         return self.linear(x).tanh()
@@ -80,7 +79,7 @@ def signs(chain):
     for module in chain.modules():
         if isinstance(module, Adding):
             found += module.seen
-            module.seen = deque()
+            module.seen = Log()
     return found
 
 
@@ -201,8 +200,8 @@ def test_hooks_see_the_result_of_the_branch(x, hook):
     chain = make_chain(1)
     hook(chain[0].f)
     run(chain, x)
-    assert chain[0].f.seen == deque([None, None])
-    assert chain[0].g.seen == deque([1, -1])
+    assert chain[0].f.seen == [None, None]
+    assert chain[0].g.seen == [1, -1]
 
 
 class Doubling(revcore.AdditiveCoupling):
@@ -231,8 +230,8 @@ def test_a_module_inside_of_the_branch_is_not_the_branch(x):
     coupling = revcore.AdditiveCoupling(nn.Sequential(Adding(3)), Adding(3), split_dim=-1)
     chain = revcore.ReversibleSequential(coupling, split_dim=-1).double()
     run(chain, x)
-    assert coupling.f[0].seen == deque([None, None])
-    assert coupling.g.seen == deque([1, -1])
+    assert coupling.f[0].seen == [None, None]
+    assert coupling.g.seen == [1, -1]
 
 
 def test_a_chain_inside_of_a_branch_has_streams_of_its_own(monkeypatch):

@@ -1,5 +1,8 @@
 """Gradients are those of plain autograd, in float64, for every scheme and kind of net."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from cases import KINDS, SCHEMES, assert_same, gradients, loss_of, make_case
@@ -241,3 +244,77 @@ def test_empty_batch_and_batch_of_one(batch, device):
     x = torch.randn(batch, 8, dtype=torch.float64, device=device)
     ours = gradients(case.chain, case.chain, x)
     assert_same(ours, gradients(lambda x: case.plain(x, twin), twin, x))
+
+
+class Fan(revcore.AdditiveCoupling):
+    """Reads one stream of three, and changes the others."""
+
+    streams = 3
+
+    def half_steps(self):
+        return [revcore.HalfStep(self, self.f, 1, 0), revcore.HalfStep(self, self.g, 2, 0)]
+
+
+class Bias(nn.Module):
+    """Does not depend on its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.bias.expand(x.shape)
+
+
+class Turn(nn.Module):
+    """Is invertible, and knows its log-determinant."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.randn(()))
+
+    def forward(self, x):
+        return x * self.log_scale.exp()
+
+    def inverse(self, y):
+        return y * (-self.log_scale).exp()
+
+    def log_det(self, x):
+        return self.log_scale * x[0].numel()
+
+
+AFFINE = partial(revcore.ReversibleBlock, coupling="affine")
+PARTLY = {
+    "three streams": (lambda: [Fan(nn.Linear(4, 4), nn.Linear(4, 4))], {}, 3, 2),
+    "an ignored input": (lambda: [revcore.ReversibleBlock(nn.Linear(4, 4), Bias())], {}, 2, 1),
+    "affine, the first": (lambda: [AFFINE(nn.Linear(4, 4)), AFFINE(nn.Linear(4, 4))], {}, 2, 0),
+    "the volume alone": (lambda: [AFFINE(nn.Linear(4, 4))] * 2, {"log_det": True}, 2, 2),
+    "not the volume": (lambda: [AFFINE(nn.Linear(4, 4)), Turn()], {"log_det": True}, 2, 1),
+    "the volume of a turn": (lambda: [Turn(), Turn()], {"log_det": True}, 2, 2),
+    "grid": (
+        lambda: [revcore.ReversibleBlock(nn.Linear(4, 4), Bias(), coupling="fixed_point")],
+        {},
+        2,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("blocks", "options", "streams", "which"), PARTLY.values(), ids=PARTLY)
+def test_what_a_loss_does_not_depend_on_gets_none(blocks, options, streams, which, device):
+    torch.manual_seed(0)
+    chain = revcore.ReversibleSequential(*blocks(), **options).double().to(device)
+    x = torch.rand(6, 4 * streams, dtype=torch.float64, device=device).chunk(streams, 1)
+    found, hooked = [], []
+    for net in (chain, revcore.set_reversing(copy.deepcopy(chain), False)):
+        calls = []
+        for name, module in net.named_modules():
+            if isinstance(module, (nn.Linear, Bias)):
+                module.register_full_backward_hook(lambda *_, n=name, to=calls: to.append(n))
+        leaves = [each.clone().requires_grad_() for each in x]
+        net(*leaves)[which].square().sum().backward()
+        found.append([*(leaf.grad for leaf in leaves), *(p.grad for p in net.parameters())])
+        hooked.append(sorted(calls))
+    assert options or None in found[1]
+    assert hooked[0] == hooked[1]
+    torch.testing.assert_close(*found)

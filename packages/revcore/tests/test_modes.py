@@ -2,11 +2,10 @@
 
 import copy
 import pickle
-from collections import deque
 
 import pytest
 import torch
-from cases import KINDS, SCHEMES, assert_same, gradients, make_case
+from cases import KINDS, SCHEMES, Log, assert_same, gradients, make_case
 from torch import nn
 
 import revcore
@@ -65,7 +64,7 @@ def test_a_kept_input_is_exact(device):
         torch.manual_seed(0)
         branches = [Records(4, 4) for _ in range(8)]
         for branch in branches:
-            branch.seen = deque()  # a list would be put back
+            branch.seen = Log()
         blocks = [revcore.ReversibleBlock(f, g) for f, g in zip(*[iter(branches)] * 2, strict=True)]
         chain = revcore.ReversibleSequential(*blocks).to(device, torch.bfloat16)
         chain[1].keep_input = keep_input

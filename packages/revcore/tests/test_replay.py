@@ -4,12 +4,11 @@ import copy
 import itertools
 import threading
 import warnings
-from collections import deque
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Mixing, assert_same, gradients, loss_of, make_case
+from cases import Log, Mixing, assert_same, gradients, loss_of, make_case
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -254,7 +253,7 @@ def test_an_exception_in_recomputation_leaves_everything_as_it_was(device):
             super().__init__()
             self.norm = nn.BatchNorm1d(4)
             self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-            self.failing = deque()  # which nobody puts back, as a list
+            self.failing = Log()
 
         def forward(self, x):
             x = F.dropout(self.norm(self.spectral(x)), 0.5)

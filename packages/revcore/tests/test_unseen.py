@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import traceable
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 import revcore
 
@@ -266,6 +266,18 @@ def test_weights_that_parametrize_caches(device, x):
         for linear in (block.coupling.f, block.coupling.g):
             parametrize.register_parametrization(linear, "weight", Doubled())
     _, right = step(stored(chain), x)
+    with parametrize.cached():
+        _, found = step(chain, x)
+    assert same(found, right)
+
+
+def test_orthogonal_weights_that_parametrize_caches(device, x):
+    chain = make_chain(nn.Linear(4, 4)).to(device)
+    for block in chain:
+        for linear in (block.coupling.f, block.coupling.g):
+            orthogonal(linear)
+    with parametrize.cached():
+        _, right = step(stored(chain), x)
     with parametrize.cached():
         _, found = step(chain, x)
     assert same(found, right)

@@ -73,8 +73,10 @@ class AddingStep(HalfStep):
         self, pull: Pullback, destination: Destination, grads: Gradients
     ) -> Sequence[Tensor | None]:
         grad = grads[self.target]
+        if self.inverted and grad is not None:
+            grad = -grad
         destination.gradient, destination.gradient_added = grads[self.source], False
-        of_source, *found = pull(-grad if self.inverted else grad)
+        of_source, *found = pull(grad)
         if not destination.gradient_added:
             of_source = add(grads[self.source], of_source)
         destination.gradient = None

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from revcore.arguments import Arguments
+from revcore.arguments import Arguments, modules_of
 from revcore.autocast import no_autocast_cache
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch, sums_of
@@ -108,6 +108,8 @@ class _StepsNode(torch.autograd.Function):
         if first == 0 and records[0].step.grid is not None:
             tape.sums = sums_of(streams)
         ctx.visit = tape, range(first, len(tape.records)), count, changed
+        # What the loss does not depend on gets no gradient, rather than one of zeros.
+        ctx.set_materialize_grads(False)
         for index, replay in enumerate(records, first):
             step = replay.step
             before: Streams = () if step.repeats else tuple(streams[:count])
@@ -210,8 +212,9 @@ def _run_reversed(
     needs = [stream.requires_grad for stream in streams]
     branches = [step.branch for step in steps]
     group = call.groups.get(call.branches)
-    if group is None or group.branches != branches or not group.holds():
-        group = Group(branches)
+    given = modules_of(kwargs) if kwargs else ()
+    if given or group is None or group.branches != branches or not group.holds():
+        group = Group(branches, given)
     if group.lasts:
         call.found[call.branches] = group
     call.branches += len(steps)
@@ -229,7 +232,8 @@ def _run_reversed(
         # input that was kept there is not that of the first step on the tape.
         tape.anchors.clear()
         frozen = steps[: len(steps) - len(records)]
-        _run_each(call, frozen, streams, partial(_run_frozen, kwargs))
+        contained = {survey.modules[0]: survey.contained for survey in group.surveys}
+        _run_each(call, frozen, streams, partial(_run_frozen, kwargs, contained))
     if not records:
         return
     changed = list(dict.fromkeys(index for replay in records for index in replay.step.writes))
@@ -253,8 +257,11 @@ def _run_each(
     del streams[count:]
 
 
-def _run_frozen(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:
-    x = x.detach()  # of which the branch may make a leaf
+def _run_frozen(
+    kwargs: Arguments, contained: Mapping[nn.Module, bool], step: Step, x: Tensor
+) -> Tensor:
+    # The branch may make a leaf of it. A copy, because another leaf may share its memory.
+    x = x.detach() if contained[step.branch] else x.clone()
     t = run_branch(step.call, x, kwargs)
     if t.requires_grad:
         refuse_foreign_leaves(t, (x,), f"branch {type(step.branch).__name__}", x)
@@ -262,10 +269,13 @@ def _run_frozen(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:
 
 
 def _run_stored(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:
-    # The view gathers the branch's gradients of x before they meet the stream's own, as the node
-    # does, so that both modes add up in the same order.
-    x = x.view_as(x)
-    if step.grid is None or not torch.is_grad_enabled():
+    records = torch.is_grad_enabled()
+    if records or not x.requires_grad:
+        # The view gathers the branch's gradients of x before they meet the stream's own, as the
+        # node does, so that both modes add up in the same order. Without a graph it would say that
+        # it requires a gradient, and nothing could be differentiated to it.
+        x = x.view_as(x)
+    if step.grid is None or not records:
         return run_branch(step.call, x, kwargs)
     # On a grid so do those of arguments, and of a weight that is used twice if it is cast twice.
     # An alias takes sparse gradients, too.

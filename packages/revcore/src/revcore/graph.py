@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revcore.streams import CUDA_GRAPHS, lasting
 from revcore.survey import Survey
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
@@ -16,7 +18,7 @@ _Leaf = torch._C._functions.AccumulateGrad
 
 
 def differentiate(
-    t: Tensor, inputs: tuple[Tensor, ...], survey: Survey, has_arguments: bool, grad: Tensor
+    t: Tensor, inputs: tuple[Tensor, ...], survey: Survey, has_arguments: bool, grad: Tensor | None
 ) -> Sequence[Tensor | None]:
     """Takes the gradient of a branch's output to those of its inputs.
 
@@ -25,7 +27,7 @@ def differentiate(
         inputs: First the branch's input, then all else that needs a gradient.
         survey: That of the branch.
         has_arguments: Whether the branch got extra arguments, in which there may be other tensors.
-        grad: Gradient of the output.
+        grad: Gradient of the output; None for zeros.
 
     Returns:
         A gradient for each input, None where there is none.
@@ -37,14 +39,15 @@ def differentiate(
     if t.requires_grad and (has_arguments or not (survey.contained and survey.walked)):
         survey.walked = True
         refuse_foreign_leaves(t, inputs, f"branch {survey.name}", inputs[0])
-    if not (t.requires_grad and wanted):
+    if grad is None or not (t.requires_grad and wanted):
         return [None] * len(inputs)
     if grad.dtype != t.dtype:
         grad = grad.to(t.dtype)
     # What torch.autograd.grad does after 20 microseconds of looking at its arguments. The flags:
     # keep the graph, create one, allow inputs that were not used, accumulate into .grad.
+    flags = survey.holds_results, False, wanted, True, False
     try:
-        found: Any = _run_backward((t,), (grad,), False, False, wanted, True, False)
+        found: Any = _run_backward((t,), (grad,), *flags)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -53,6 +56,8 @@ def differentiate(
             "cannot be differentiated in a reversible chain. Pass use_reentrant=False, or call the "
             "module without it: a chain keeps no activations of its branches."
         ) from error
+    if CUDA_GRAPHS in sys.modules:
+        found = [None if each is None else lasting(each) for each in found]
     return found if wanted is inputs else (None, *found)
 
 
@@ -117,8 +122,8 @@ def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
     return ForeignLeafError(
         f"{what} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is "
         "neither its input nor one of its parameters; it would get no gradient. Register it as an "
-        "nn.Parameter of the branch, pass it by keyword (chain(x, name=tensor), itself or in a "
-        "dict, list or tuple), detach it, or "
+        "nn.Parameter of the branch (and use it as self.name, if it has a hook), pass it by "
+        "keyword (chain(x, name=tensor), itself or in a dict, list or tuple), detach it, or "
         "store the activations: revcore.set_reversing(model, False). With FSDP apply fully_shard "
         "to the block, not to its branch."
     )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revcore.arguments import takes_gradient
 from revcore.graph import refuse_foreign_leaves
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add, log_det_of
 from revcore.streams import Streams
@@ -100,24 +101,29 @@ def _first(cls: type, name: str) -> int:
     return next(number for number, kind in enumerate(cls.__mro__) if name in vars(kind))
 
 
-def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Sequence[Tensor]:
+def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Sequence[Tensor | None]:
     if torch.compiler.is_compiling():
         grads: Sequence[Tensor] = torch.func.vjp(function, a, t)[1](grad)
         return grads
     with torch.enable_grad():
         a = a.detach().requires_grad_()
-        t = t.detach().requires_grad_()
+        t = t.detach().requires_grad_(takes_gradient(t))
         results = function(a, t)
         owner = getattr(function, "__self__", function)
         owner = type(getattr(owner, "scheme", owner)).__name__
         pairs = [(results, grad)]
         if isinstance(results, tuple):  # with a log-determinant, which may be a constant
-            pairs = [p for p in zip(results, grad, strict=True) if p[0].requires_grad]
+            every = zip(results, grad, strict=True)
+            pairs = [(r, seed) for r, seed in every if r.requires_grad and seed is not None]
+        if not pairs:
+            return None, None
         for result, _ in pairs:
             if result.requires_grad:
                 refuse_foreign_leaves(result, (a, t), f"the coupling ({owner})")
         found, seeds = zip(*pairs, strict=True)
-        return torch.autograd.grad(found, (a, t), seeds, materialize_grads=True)
+        wanted = (a, t) if t.requires_grad else (a,)
+        grads = torch.autograd.grad(found, wanted, seeds, materialize_grads=True)
+        return grads if t.requires_grad else (*grads, None)
 
 
 class HalfStep(Step):
@@ -213,10 +219,11 @@ class HalfStep(Step):
         target, source = self.target, self.source
         if self.measures:
             of_log_det, grad = grads.pop(), grads[target]
-            grad = torch.zeros_like(a) if grad is None else grad
             found = again.compute(partial(_vjp, self._measure), a, t, (grad, of_log_det))
-        else:
+        elif grads[target] is not None:
             found = again.compute(self._vjp, a, t, grads[target])
+        else:
+            found = None, None
         grads[target], grad_t = found
         grad_b, *of_leaves = pull(grad_t)
         grads[source] = add(grads[source], grad_b)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, log_det_of
-from revcore.streams import Streams, dense
+from revcore.streams import Streams, dense, lasting
 
 
 class InvertibleStep(Step):
@@ -95,20 +95,29 @@ class InvertibleStep(Step):
         streams[:] = self._split(again.repeat(self._join(streams), self._back), streams)
 
     def rebuild(self, again: Again, streams: list[Tensor], kept: Streams | None) -> Differentiate:
+        # Not the streams, which would stay alive.
+        zeros = [partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device) for x in streams]
         if kept is None:
             self.undo(again, streams)
         else:
             streams[:] = kept
         _, pull = again.record(self._join(streams))
-        return partial(self._differentiate, tuple(streams), pull)
+        return partial(self._differentiate, tuple(streams), zeros, pull)
 
     def _differentiate(
-        self, like: Sequence[Tensor], pull: Pullback, grads: Gradients
+        self,
+        like: Sequence[Tensor],
+        zeros: Sequence[Callable[[], Tensor]],
+        pull: Pullback,
+        grads: Gradients,
     ) -> Sequence[Tensor | None]:
-        count = len(like)
-        grad = self._join(grads[:count])
-        if self.measures:
-            grad = self._pack(grad, grads.pop())
+        count, grad = len(like), None
+        if any(each is not None for each in grads):
+            every = zip(grads, zeros, strict=False)
+            grad = self._join([make() if each is None else each for each, make in every])
+        of_log_det = grads.pop() if self.measures else None
+        if self.measures and grad is not None:
+            grad = self._pack(grad, grad.new_zeros(len(grad)) if of_log_det is None else of_log_det)
         grad_x, *found = pull(grad)
         grads[:count] = [None] * count if grad_x is None else self._split(grad_x, like)
         return found
@@ -118,7 +127,7 @@ class InvertibleStep(Step):
 
     def _split(self, x: Tensor, like: Sequence[Tensor]) -> Streams:
         if len(like) == 1:
-            return (dense(x),)
+            return (lasting(dense(x)),)
         sizes = [stream.shape[self.split_dim] for stream in like]
         before, after = sum(sizes), x.shape[self.split_dim]
         if any(size * after % before for size in sizes):

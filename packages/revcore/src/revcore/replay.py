@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_pre_hooks
 
-from revcore.arguments import exchange, takes_gradient, tensors_of
+from revcore.arguments import exchange, modules_of, takes_gradient, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.buffers import Copy, copy_all, settle
 from revcore.graph import differentiate, warn_of_a_result
@@ -51,6 +51,13 @@ _CUDNN_DRAWS = (
     "can replay. Give it dropout=0, and put nn.Dropout between layers of one; or run forward and "
     "backward under torch.backends.cudnn.flags(enabled=False); or store the activations: "
     "revcore.set_reversing(model, False)."
+)
+
+_OF_NO_GRAPH = ("that doesn't require gradient", "requires_grad=False", "does not require grad")
+_NO_GRAPH = (
+    "branch {} needs a graph of its own run, but the first run of a reversible chain records none "
+    "({}). Register hooks `if tensor.requires_grad:`, and compute derivatives inside of a branch "
+    "under torch.enable_grad()."
 )
 
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -139,10 +146,15 @@ class Replay(Memory):
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
             # Another branch of the node may have changed something of a module that they share.
             if self.seen.ran and not survey.snapshot.holds():
-                self._survey = survey = Survey(survey.modules[0])
+                self._survey = survey = Survey(survey.modules[0], modules_of(self._kwargs))
             self.seen.ran = True
             copies = copy_all(survey.buffers)
-            t = self._draw(x)
+            try:
+                t = self._draw(x)
+            except RuntimeError as error:
+                if not any(text in str(error) for text in _OF_NO_GRAPH):
+                    raise
+                raise RuntimeError(_NO_GRAPH.format(survey.name, error)) from error
             self._copies = copies
             if not survey.settled:
                 self._copies, self._still = settle(copies)
@@ -216,6 +228,8 @@ class Replay(Memory):
         x = self._lay_out(x).detach()
         if self.needs_x:
             x.requires_grad_()
+        elif not self._survey.contained:
+            x = x.clone()  # as in a frozen step
         survey, aliases, left = self._survey, _NOTHING, _NO_CHANGES
         quick = self._quick and self.seen.usual
         if not (self._plain and self.seen.usual):

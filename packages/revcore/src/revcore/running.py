@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _Orthogonal
 
 from revcore.arguments import Arguments
 from revcore.remember import Memory, thread
@@ -64,7 +65,9 @@ def _refuse_parametrizations_with_state(module: Any) -> None:
     """Raises for one that would change its state once in a cache, and here in each call."""
     for part in module.modules() if isinstance(module, nn.Module) else ():
         state = part.parametrizations if parametrize.is_parametrized(part) else None
-        if isinstance(state, nn.Module) and state.training and any(True for _ in state.buffers()):
+        parts = state.modules() if isinstance(state, nn.Module) and state.training else ()
+        # The buffer of an orthogonal one stays as it is.
+        if any(each._buffers and not isinstance(each, _Orthogonal) for each in parts):
             raise RuntimeError(
                 f"a reversible branch cannot use what parametrize.cached() keeps, and a "
                 f"parametrization of {type(part).__name__} has buffers, as spectral_norm has, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -24,24 +24,39 @@ Table = dict[Any, Any]
 _OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _TABLES = ("_modules", "_parameters", "_buffers", *HOOKS, *_OF_HOOKS)
 _OF_ALL = frozenset(vars(nn.Module()))
-_CONTAINERS = (dict, OrderedDict, defaultdict, list)
-_MANY = 1000
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, deque, set))
+_MANY = 10_000
 
 
-def containers_of(module: nn.Module) -> list[Any]:
-    """Lists a module's attributes that are dicts or lists, but for those with many entries."""
-    return [
-        value
-        for name, value in vars(module).items()
-        if type(value) in _CONTAINERS and name not in _OF_ALL and len(value) <= _MANY
-    ]
+def held_by(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Lists a module's attributes, and what is in those that are containers, and so on.
+
+    If there are very many, not all are looked into.
+
+    Returns:
+        All values, and those of them that are containers that may change.
+    """
+    values = [value for name, value in vars(module).items() if name not in _OF_ALL]
+    containers: list[Any] = []
+    known = set[int]()
+    for value in values:  # grows meanwhile
+        changes = type(value) in _CONTAINERS
+        if not (changes or isinstance(value, tuple)) or id(value) in known:
+            continue
+        if len(values) + len(value) > _MANY:
+            continue
+        known.add(id(value))
+        if changes:
+            containers.append(value)
+        values += value.values() if isinstance(value, dict) else value
+    return values, containers
 
 
 class Snapshot:
     """The attributes, parameters, buffers, hooks and modules of some modules, as they are now.
 
-    So is what their attributes hold that are dicts or lists. Other objects are not looked into, nor
-    attributes of modules that are self-contained.
+    So is what their attributes hold that are dicts, lists, deques or sets, also those inside of
+    others. Other objects are not looked into, nor attributes of modules that are self-contained.
 
     Args:
         modules: Those modules.
@@ -65,11 +80,11 @@ class Snapshot:
             own = vars(module)
             tables = [own, *[own[name] for name in _TABLES if own.get(name) is not None]]
             contained = is_self_contained(module)
-            for container in () if contained else containers_of(module):
-                if isinstance(container, list):
-                    self._lists.append((container, list(container)))
-                else:
+            for container in () if contained else held_by(module)[1]:
+                if isinstance(container, dict):
                     tables.append(container)
+                else:
+                    self._lists.append((container, list(container)))
             for table in tables:
                 tensors = not contained or table is module._parameters or table is module._buffers
                 (self._slow if tensors else self._quick).append((module, table, dict(table)))
@@ -221,13 +236,13 @@ class Loan(list[tuple[Table, Table, Table]]):
 
 
 Held = tuple[Any, Any]
-"""A table, a list or a module, and its entries, its values or its class."""
+"""A table, another container or a module, and its entries, its values or its class."""
 
 Change = tuple[Any, Any, Any, Any]
-"""A table, a name in it, what was there and what is; or a list, all of it, what it had and has."""
+"""A table, a name in it, what was there and what is; or a list and all that it had and has."""
 
 _MISSING = object()
-_ALL = slice(None)
+_ALL = object()
 
 
 @contextmanager
@@ -247,7 +262,9 @@ def left_by(changes: Sequence[Change]) -> Iterator[None]:
 
 def _put(changes: Sequence[tuple[Any, Any, Any]]) -> None:
     for place, name, value in changes:
-        if value is _MISSING:
+        if name is _ALL:
+            fill([(place, value)])
+        elif value is _MISSING:
             del place[name]
         else:
             place[name] = value
@@ -264,9 +281,12 @@ def fill(places: Sequence[Held]) -> None:
             place.__class__ = held
         elif isinstance(place, list):
             place[:] = held
+        elif isinstance(place, deque):
+            place.clear()
+            place.extend(held)
         else:
-            # The order is that of state dicts.
-            if [*place] != [*held]:
+            # The order is that of state dicts. A counter would add to what is there.
+            if [*place] != [*held] or isinstance(place, Counter):
                 place.clear()
             place.update(held)
 

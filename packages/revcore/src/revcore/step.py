@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from revcore.streams import Streams
 
 Gradients = list[Any]  # of tensors, and of None for zeros
-Pullback = Callable[[Tensor], "Sequence[Tensor | None]"]
+Pullback = Callable[[Any], "Sequence[Tensor | None]"]  # of a tensor, or of None for zeros
 Differentiate = Callable[[Gradients], "Sequence[Tensor | None]"]
 
 

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from revcore.buffers import copy_always, is_settled, stays
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.known import BATCH_NORMS, are_of_torch, draw, is_self_contained
-from revcore.snapshot import Snapshot, containers_of
+from revcore.snapshot import Snapshot, held_by
 
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
 
@@ -54,9 +54,10 @@ class Survey:
 
     Args:
         branch: The branch.
+        given: Modules among its arguments.
 
     Attributes:
-        modules: All modules, each once; first the branch.
+        modules: All modules, each once; first the branch, last those that are no submodules.
         name: That of the branch's class.
         snapshot: What they hold.
         tensors: All parameters, each once.
@@ -77,12 +78,14 @@ class Survey:
         simple: Whether a first run has to note nothing but autocast and random numbers.
         repeats_simply: Whether a repetition has to change nothing but autocast.
         lasts: Whether the survey may be kept until the next call.
+        holds_results: Whether an attribute holds what was computed from parameters, whose graph
+            others may need.
         walked: Whether a graph of the branch has been looked through.
     """
 
     walked = False
 
-    def __init__(self, branch: nn.Module) -> None:
+    def __init__(self, branch: nn.Module, given: Sequence[nn.Module] = ()) -> None:
         modules: list[Any] = [branch]  # nn.Module.modules takes four times as long
         for module in modules:  # grows meanwhile
             modules += [m for m in module._modules.values() if m is not None]
@@ -93,9 +96,13 @@ class Survey:
             # cuDNN wants weights that are new to it to be moved, which is no change of them.
             module._update_flat_weights()
         self.cudnn_draws = any(m.training and m.dropout and m.num_layers > 1 for m in recurrent)
-        self.modules = modules
         self.name = type(branch).__name__
-        self.contained = all(map(is_self_contained, modules))
+        hidden = _hidden(modules, given)
+        self.contained = not hidden and all(map(is_self_contained, modules))
+        # Replicas of nn.DataParallel hold them elsewhere.
+        dicts = [t for m in modules for t in (m._parameters, vars(m).get("_former_parameters", {}))]
+        modules += hidden
+        self.modules = modules
         self.snapshot = Snapshot(modules)
         self.norms: list[dict[str, Any]] = []
         self.buffers: list[tuple[Tensor, bool | None]] = []
@@ -104,8 +111,6 @@ class Survey:
         for module in modules:
             if module not in self.snapshot.scripted:
                 self._sort(module)
-        # Replicas of nn.DataParallel hold them elsewhere.
-        dicts = [t for m in modules for t in (m._parameters, vars(m).get("_former_parameters", {}))]
         tensors = dict.fromkeys(tensor for each in dicts for tensor in each.values())
         tensors.pop(None, None)
         self.tensors: list[Tensor] = [*tensors]
@@ -123,6 +128,7 @@ class Survey:
         )
         self.repeats_simply = self.simple and not (self.norms or self.draws)
         self.settled = all(is_settled(buffer, flag) for buffer, flag in self.buffers)
+        self.holds_results = any(tensor.grad_fn is not None for tensor in self._attributes)
         # Of what was computed from other parameters (functional_call) nothing must stay alive, nor
         # what an attribute or a hook holds that is removed.
         self.lasts = self.plain and not (
@@ -146,13 +152,12 @@ class Survey:
         if norm:
             # Another call may change them, uncounted, after one in evaluation.
             copy_always(buffers)
-        values = [] if self.contained else [*vars(module).values()]
+        values = [] if self.contained else held_by(module)[0]
         # In a tuple nothing can be exchanged.
         tuples = [v for each in values if isinstance(each, tuple) for v in each]
         self.constants += filter(torch.is_tensor, tuples)
-        for container in containers_of(module) if values else ():
-            values += container if isinstance(container, list) else container.values()
-        attributes = [value for value in values if isinstance(value, Tensor)]
+        fixed = {*map(id, tuples)}
+        attributes = [v for v in values if isinstance(v, Tensor) and id(v) not in fixed]
         self._attributes += [*attributes, *filter(torch.is_tensor, tuples)]
         found: list[tuple[Tensor, bool | None]] = [(b, module.training) for b in buffers]
         found += [(tensor, None) for tensor in attributes]
@@ -171,11 +176,24 @@ class Survey:
         return list(dict.fromkeys(["cpu", *(d.type for d in self.devices(x) if d.type != "meta")]))
 
 
+def _hidden(modules: Sequence[nn.Module], given: Sequence[nn.Module]) -> list[nn.Module]:
+    """Lists the modules that some hold without registering them, or are given, each once.
+
+    One that holds the branch itself, as one does that is held to be asked, is left out.
+    """
+    holders = [module for module in modules if not is_self_contained(module)]
+    found = [*given, *(v for m in holders for v in held_by(m)[0] if isinstance(v, nn.Module))]
+    inner = [[*module.modules()] for module in dict.fromkeys(found)] if found else []
+    every = [part for parts in inner if modules[0] not in parts for part in parts]
+    return [*dict.fromkeys(every).keys() - {*modules}]
+
+
 class Group:
     """Creates surveys of branches that run one after the other, to be looked through at once.
 
     Args:
         branches: In the order in which they run.
+        given: Modules among their arguments.
 
     Attributes:
         branches: The same.
@@ -187,13 +205,13 @@ class Group:
         lasts: Whether it may be kept until the next call.
     """
 
-    def __init__(self, branches: Sequence[nn.Module]) -> None:
+    def __init__(self, branches: Sequence[nn.Module], given: Sequence[nn.Module] = ()) -> None:
         self.branches = branches
-        self.surveys = surveys = [Survey(branch) for branch in branches]
+        self.surveys = surveys = [Survey(branch, given) for branch in branches]
         self.modules = [module for survey in surveys for module in survey.modules]
         self.snapshot = Snapshot((), [survey.snapshot for survey in surveys])
         self.tensors = [t for survey in surveys for t in [*survey.tensors, *survey.constants]]
-        self.lasts = all(survey.lasts for survey in surveys)
+        self.lasts = not given and all(survey.lasts for survey in surveys)
         self.needed = needs_of(self.tensors)
         self._buffers = [tensor for survey in surveys for tensor, _ in survey.buffers]
         # A branch may change what another one of torch's own modules holds, if it is its own, too.

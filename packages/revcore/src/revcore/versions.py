@@ -41,5 +41,6 @@ def changed(what: str) -> RuntimeError:
         "be repeated. Call backward() before changing it (an optimizer's step changes parameters). "
         "Where the branch itself does so in its first run (initialization from data), run the net "
         "once under torch.no_grad() before; where it does so in each run (normalizing a weight), "
-        "do that before the net is called, or by torch.nn.utils.parametrize."
+        "do that before the net is called, or by torch.nn.utils.parametrize; where it does so now "
+        "and then, assign a new tensor instead."
     )
