@@ -48,6 +48,14 @@ def test_arguments_of_another_type(make, message):
         make(nn.Linear(4, 4))
 
 
+def test_a_coupling_that_is_given_as_a_branch():
+    coupling = revcore.AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(TypeError, match="AdditiveCoupling, which is a block already"):
+        revcore.ReversibleBlock(coupling)
+    nested = revcore.ReversibleBlock(coupling, coupling)
+    assert nested(torch.randn(2, 16)).shape == (2, 16)
+
+
 def test_branch_that_is_no_module():
     with pytest.raises(TypeError, match=r"f must be an nn.Module, got function"):
         revcore.AdditiveCoupling(lambda x: x, nn.Linear(4, 4))

@@ -49,8 +49,8 @@ class ReversibleBlock(Reversible):
             See `set_reversing`.
 
     Raises:
-        TypeError: If `coupling` is neither a name nor a function that returns a `Coupling`, or
-            `split_dim` no integer.
+        TypeError: If `coupling` is neither a name nor a function that returns a `Coupling`, `f` is
+            such a one alone, or `split_dim` is no integer.
         ValueError: If `coupling` is an unknown name.
 
     Example:
@@ -76,6 +76,11 @@ class ReversibleBlock(Reversible):
         keep_input_inverse: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(f, Coupling) and g is None:
+            raise TypeError(
+                f"f is an {type(f).__name__}, which is a block already: use it as it is, or give "
+                "this block its two branches"
+            )
         if isinstance(coupling, str):
             if coupling not in _COUPLINGS:
                 raise ValueError(
