@@ -269,6 +269,25 @@ def test_branches_whose_cuda_graphs_take_the_memory_of_the_run_before(accumulate
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_random_numbers_in_a_cuda_graph_are_refused(mode, in_place, device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need --device cuda")
+    chain = revcore.ReversibleBlock(nn.Sequential(Tokens(), nn.Dropout(0.5)), Tokens()).to(device)
+    branch = chain.coupling.f
+    if in_place:
+        branch.compile(mode=mode)
+    else:
+        chain.coupling.f = torch.compile(branch, mode=mode)
+    x = torch.randn(6, 8, device=device)
+    if mode == "reduce-overhead":
+        with pytest.raises(RuntimeError, match="draws random numbers in a CUDA graph"):
+            chain(x)
+        branch.eval()
+    chain(x).sum().backward()
+
+
 class Masked(nn.Module):
     """Gets a mask, and a condition that takes a gradient."""
 

@@ -11,6 +11,7 @@ looked at quickly (`revcore.survey`) and only what is not is put back piece by p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -30,6 +31,7 @@ from revcore.running import run_branch
 from revcore.seen import Seen
 from revcore.snapshot import Change, Snapshot, fill, left_by
 from revcore.step import Pullback, Step
+from revcore.streams import CUDA_GRAPHS
 from revcore.survey import Survey, needs_of
 from revcore.turns import TURN
 from revcore.versions import changed, version
@@ -53,6 +55,12 @@ _CUDNN_DRAWS = (
     "revcore.set_reversing(model, False)."
 )
 
+_GRAPH_DRAWS = (
+    "branch {} draws random numbers in a CUDA graph of torch.compile (mode='reduce-overhead' or "
+    "'max-autotune'), which are not always those of its state when the graph is recorded, so they "
+    "cannot be replayed. Compile it in another mode ('max-autotune-no-cudagraphs') or without "
+    "dropout, or store the activations: revcore.set_reversing(model, False)."
+)
 _OF_NO_GRAPH = ("that doesn't require gradient", "requires_grad=False", "does not require grad")
 _NO_GRAPH = (
     "branch {} needs a graph of its own run, but the first run of a reversible chain records none "
@@ -172,6 +180,10 @@ class Replay(Memory):
         self.draws = devices
         t = self._without_gradients(self._run, x)
         self._after = get_states(devices)
+        if CUDA_GRAPHS in sys.modules and self._survey.runs_cuda_graphs:
+            pairs = zip(self._before, self._after, strict=True)
+            if any(a is not b and a.device.type == "cuda" for a, b in pairs):
+                raise RuntimeError(_GRAPH_DRAWS.format(self._survey.name))
         return t
 
     def end(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -167,6 +168,11 @@ class Survey:
             else:
                 self.buffers.append((tensor, flag))
 
+    @cached_property
+    def runs_cuda_graphs(self) -> bool:
+        """Whether torch.compile makes CUDA graphs of one of the modules."""
+        return any(map(_is_a_cuda_graph, self.modules))
+
     def devices(self, x: Tensor) -> list[torch.device]:
         """Lists the devices that the branch computes on for an input."""
         return self._devices if x.device in self._devices else [x.device, *self._devices]
@@ -174,6 +180,16 @@ class Survey:
     def kinds(self, x: Tensor) -> list[str]:
         """Lists their kinds, and the CPU, for which there is always something to compute."""
         return list(dict.fromkeys(["cpu", *(d.type for d in self.devices(x) if d.type != "meta")]))
+
+
+def _is_a_cuda_graph(module: nn.Module) -> bool:
+    own = vars(module)
+    # One that was compiled in place, or what torch.compile has made of one.
+    compiled: Any = own.get("_compiled_call_impl")
+    if compiled is None and "_torchdynamo_orig_callable" in own:
+        compiled = module
+    config = getattr(compiled, "get_compiler_config", None)
+    return config is not None and bool((config() or {}).get("triton.cudagraphs"))
 
 
 def _hidden(modules: Sequence[nn.Module], given: Sequence[nn.Module]) -> list[nn.Module]:
