@@ -12,6 +12,7 @@ from cases import assert_as_stored, chain_of_branches, step_of
 from torch import nn
 
 import revcore
+from revcore.survey import Survey
 
 
 @pytest.fixture
@@ -340,7 +341,7 @@ class Deep(nn.Module):
         self.linear = nn.Linear(4, 4)
         self.state = {"ema": {"n": 0, "mean": torch.zeros(4)}, "pair": ([0], {"n": 0})}
         self.log = defaultdict(list)
-        self.counts, self.window, self.known = Counter(), deque(maxlen=3), set()
+        self.counts, self.window = Counter(), deque(maxlen=3)
 
     def forward(self, x):
         n = self.counts["runs"]
@@ -352,9 +353,8 @@ class Deep(nn.Module):
         self.log["norms"].append(float(x.detach().norm()))
         self.counts["runs"] += 1
         self.window.append(n)
-        self.known.add(n)
         scale = ema["n"] + self.state["pair"][0][0] + self.state["pair"][1]["n"]
-        scale += len(self.log["norms"]) + self.counts["runs"] + sum(self.window) + len(self.known)
+        scale += len(self.log["norms"]) + self.counts["runs"] + sum(self.window)
         return torch.tanh(self.linear(x + ema["mean"])) * scale
 
 
@@ -363,7 +363,6 @@ def test_containers_inside_of_containers(x):
     for branch in (m for m in chain.modules() if isinstance(m, Deep)):
         assert branch.state["ema"]["n"] == len(branch.log["norms"]) == branch.counts["runs"] == 5
         assert list(branch.window) == [2, 3, 4]
-        assert branch.known == {0, 1, 2, 3, 4}
         assert branch.state["pair"] == ([5], {"n": 5})
 
 
@@ -445,33 +444,49 @@ def test_modules_among_the_arguments(nested, x):
         torch.testing.assert_close(*found)
 
 
-class Batch(dict):
-    """A dict of a class of one's own."""
+class Inert(nn.Module):
+    """Holds what looks like a module and is none, or cannot be looked into."""
 
-
-class Reads(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        self.holders = [weakref.proxy(self.linear), nn.Module.__new__(nn.Linear)]
+        self.tensors = {torch.ones(4)}
+        self.around = [self.linear]
+        self.around.append(self.around)
 
-    def forward(self, x, *, batch):
-        batch["n"] += 1
-        return self.linear(x * batch["scale"]) * batch["n"]
+    def forward(self, x):
+        return self.linear(x)
 
 
-@pytest.mark.parametrize("kind", [dict, Batch, Counter])
-def test_arguments_in_a_dict_of_any_class(kind, x):
-    chain = chain_of_branches(Reads()).to(x)
-    found = []
-    for net in (chain, revcore.set_reversing(copy.deepcopy(chain), False)):
-        scale = torch.full((4,), 2.0, requires_grad=True, dtype=x.dtype, device=x.device)
-        batch = kind({"n": 0, "scale": scale})
-        net(x, batch=batch).square().sum().backward()
-        found.append([scale.grad, *(p.grad for p in net.parameters())])
-        assert batch["n"] == 4
-    torch.testing.assert_close(*found)
-    batch = kind({"n": 0, "scale": torch.ones(4).to(x)})
-    loss = chain(x.requires_grad_(), batch=batch).sum()
-    batch["scale"].zero_()
-    with pytest.raises(RuntimeError, match="argument 'batch' was changed in place"):
-        loss.backward()
+def test_what_is_no_module_in_an_attribute(x):
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Inert(), Inert())).to(x)
+    found = step_of(chain, x)
+    torch.testing.assert_close(found, step_of(revcore.set_reversing(chain, False), x))
+
+
+class Asks(nn.Module):
+    """Asks a module that holds a list of another, both of which are hidden."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.teachers = nn.Linear(4, 4).double(), [Hides("list").double()]
+
+    def forward(self, x):
+        with torch.no_grad():
+            taught = self.teachers[0](x)
+        return self.linear(x + taught)
+
+
+def test_modules_that_hidden_modules_hide():
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Asks(), Asks()))
+    step_of(chain, torch.randn(6, 8, dtype=torch.float64))
+    hidden = [m.teachers[0].norms[0] for m in chain.modules() if isinstance(m, Asks)]
+    assert [norm.num_batches_tracked for norm in hidden] == [1, 1]
+
+
+def test_a_teacher_in_evaluation_is_no_part_of_a_branch():
+    branch = Asks()
+    assert len(Survey(branch).modules) == 4
+    branch.teachers[0].eval()
+    assert Survey(branch).modules == [branch, branch.linear]

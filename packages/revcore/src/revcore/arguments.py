@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 Arguments = Mapping[str, Any]
@@ -17,22 +15,14 @@ _NESTS = (dict, list, tuple)
 
 def tensors_of(kwargs: Arguments) -> list[Tensor]:
     """Lists the tensors among arguments."""
-    return [value for value in _values_of(kwargs) if isinstance(value, Tensor)]
+    return [value for value in values_of(kwargs) if isinstance(value, Tensor)]
 
 
-def modules_of(kwargs: Arguments) -> list[nn.Module]:
-    """Lists the modules among arguments."""
-    return [value for value in _values_of(kwargs) if isinstance(value, nn.Module)]
-
-
-def _values_of(kwargs: Arguments) -> list[Any]:
-    values = [*kwargs.values()]
-    for value in values:  # grows meanwhile
-        if isinstance(value, _NESTS):
-            leaves = tree_leaves(value)
-            if len(leaves) == 1 and leaves[0] is value:  # of a class that torch does not know
-                leaves = [*(value.values() if isinstance(value, dict) else value)]
-            values += leaves
+def values_of(kwargs: Arguments) -> list[Any]:
+    """Lists arguments, those in lists, tuples and dicts by themselves."""
+    values: list[Any] = []
+    for value in kwargs.values():
+        values += tree_leaves(value) if isinstance(value, _NESTS) else [value]
     return values
 
 
@@ -46,18 +36,11 @@ def exchange(kwargs: Arguments, others: Mapping[int, Tensor]) -> Arguments:
 
     Lists, tuples and dicts are copied, which somebody may change later.
     """
-    other = partial(_exchanged, others)
+
+    def other(value: Any) -> Any:
+        return others.get(id(value), value)
+
     return {
         name: tree_map(other, value) if isinstance(value, _NESTS) else other(value)
         for name, value in kwargs.items()
     }
-
-
-def _exchanged(others: Mapping[int, Tensor], value: Any) -> Any:
-    if not isinstance(value, (dict, list)):
-        return others.get(id(value), value)
-    # It is of a class that torch does not know.
-    new: Any = copy.copy(value)
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-        new[key] = tree_map(partial(_exchanged, others), each)
-    return new

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revcore.arguments import Arguments, modules_of
+from revcore.arguments import Arguments, values_of
 from revcore.autocast import no_autocast_cache
 from revcore.graph import refuse_foreign_leaves
 from revcore.grid import GridWatch, sums_of
@@ -29,7 +29,7 @@ from revcore.running import run_branch
 from revcore.seen import Seen
 from revcore.step import Step
 from revcore.streams import Streams, dense, in_transform
-from revcore.survey import Group, Groups
+from revcore.survey import Group, Groups, modules_among
 from revcore.tape import Tape
 from revcore.versions import versions
 
@@ -212,7 +212,7 @@ def _run_reversed(
     needs = [stream.requires_grad for stream in streams]
     branches = [step.branch for step in steps]
     group = call.groups.get(call.branches)
-    given = modules_of(kwargs) if kwargs else ()
+    given = modules_among(values_of(kwargs)) if kwargs else ()
     if given or group is None or group.branches != branches or not group.holds():
         group = Group(branches, given)
     if group.lasts:

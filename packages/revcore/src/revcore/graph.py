@@ -123,7 +123,7 @@ def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
         f"{what} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is "
         "neither its input nor one of its parameters; it would get no gradient. Register it as an "
         "nn.Parameter of the branch (and use it as self.name, if it has a hook), pass it by "
-        "keyword (chain(x, name=tensor), itself or in a dict, list or tuple), detach it, or "
+        "keyword (chain(x, name=tensor), itself or in a plain dict, list or tuple), detach it, or "
         "store the activations: revcore.set_reversing(model, False). With FSDP apply fully_shard "
         "to the block, not to its branch."
     )

@@ -122,7 +122,7 @@ def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Seque
                 refuse_foreign_leaves(result, (a, t), f"the coupling ({owner})")
         found, seeds = zip(*pairs, strict=True)
         wanted = (a, t) if t.requires_grad else (a,)
-        grads = torch.autograd.grad(found, wanted, seeds, materialize_grads=True)
+        grads = torch.autograd.grad(found, wanted, seeds, allow_unused=True)
         return grads if t.requires_grad else (*grads, None)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_pre_hooks
 
-from revcore.arguments import exchange, modules_of, takes_gradient, tensors_of
+from revcore.arguments import exchange, takes_gradient, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.buffers import Copy, copy_all, settle
 from revcore.graph import differentiate, warn_of_a_result
@@ -61,7 +61,11 @@ _GRAPH_DRAWS = (
     "cannot be replayed. Compile it in another mode ('max-autotune-no-cudagraphs') or without "
     "dropout, or store the activations: revcore.set_reversing(model, False)."
 )
-_OF_NO_GRAPH = ("that doesn't require gradient", "requires_grad=False", "does not require grad")
+_OF_NO_GRAPH = (
+    "register a hook on a tensor that doesn't require gradient",
+    "retain_grad on Tensor that has requires_grad=False",
+    "does not require grad and does not have a grad_fn",
+)
 _NO_GRAPH = (
     "branch {} needs a graph of its own run, but the first run of a reversible chain records none "
     "({}). Register hooks `if tensor.requires_grad:`, and compute derivatives inside of a branch "
@@ -154,7 +158,7 @@ class Replay(Memory):
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
             # Another branch of the node may have changed something of a module that they share.
             if self.seen.ran and not survey.snapshot.holds():
-                self._survey = survey = Survey(survey.modules[0], modules_of(self._kwargs))
+                self._survey = survey = Survey(survey.modules[0], survey.given)
             self.seen.ran = True
             copies = copy_all(survey.buffers)
             try:

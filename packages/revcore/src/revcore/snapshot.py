@@ -24,14 +24,18 @@ Table = dict[Any, Any]
 _OF_HOOKS = ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _TABLES = ("_modules", "_parameters", "_buffers", *HOOKS, *_OF_HOOKS)
 _OF_ALL = frozenset(vars(nn.Module()))
-_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, deque, set))
-_MANY = 10_000
+# The largest that are looked into, because that takes its time in each call.
+_LARGEST: dict[Any, int] = {
+    **dict.fromkeys((dict, OrderedDict, defaultdict, Counter), 1_000),
+    **dict.fromkeys((list, deque), 10_000),
+}
+_MOST = 100_000
 
 
 def held_by(module: nn.Module) -> tuple[list[Any], list[Any]]:
     """Lists a module's attributes, and what is in those that are containers, and so on.
 
-    If there are very many, not all are looked into.
+    Large ones, such as a vocabulary, are not looked into.
 
     Returns:
         All values, and those of them that are containers that may change.
@@ -40,10 +44,8 @@ def held_by(module: nn.Module) -> tuple[list[Any], list[Any]]:
     containers: list[Any] = []
     known = set[int]()
     for value in values:  # grows meanwhile
-        changes = type(value) in _CONTAINERS
-        if not (changes or isinstance(value, tuple)) or id(value) in known:
-            continue
-        if len(values) + len(value) > _MANY:
+        changes = type(value) in _LARGEST and len(value) <= _LARGEST[type(value)]
+        if not (changes or isinstance(value, tuple)) or id(value) in known or len(values) > _MOST:
             continue
         known.add(id(value))
         if changes:
@@ -55,8 +57,8 @@ def held_by(module: nn.Module) -> tuple[list[Any], list[Any]]:
 class Snapshot:
     """The attributes, parameters, buffers, hooks and modules of some modules, as they are now.
 
-    So is what their attributes hold that are dicts, lists, deques or sets, also those inside of
-    others. Other objects are not looked into, nor attributes of modules that are self-contained.
+    So is what their attributes hold that are dicts, lists or deques, also those inside of others.
+    Other objects are not looked into, nor attributes of modules that are self-contained.
 
     Args:
         modules: Those modules.
@@ -111,7 +113,7 @@ class Snapshot:
         now = _values(self._sames)
         return (
             _are_same(now, self._same)
-            and [*chain.from_iterable(self._sames)] == self._names
+            and _are_equal([*chain.from_iterable(self._sames)], self._names)
             and _are_equal(_values(self._equals), self._equal)
             and not any(self._empty)
             and [*map(type, self.modules)] == self._kinds
@@ -286,7 +288,7 @@ def fill(places: Sequence[Held]) -> None:
             place.extend(held)
         else:
             # The order is that of state dicts. A counter would add to what is there.
-            if [*place] != [*held] or isinstance(place, Counter):
+            if not _are_same([*place], [*held]) or isinstance(place, Counter):
                 place.clear()
             place.update(held)
 

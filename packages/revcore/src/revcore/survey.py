@@ -58,6 +58,7 @@ class Survey:
         given: Modules among its arguments.
 
     Attributes:
+        given: The same.
         modules: All modules, each once; first the branch, last those that are no submodules.
         name: That of the branch's class.
         snapshot: What they hold.
@@ -98,6 +99,7 @@ class Survey:
             module._update_flat_weights()
         self.cudnn_draws = any(m.training and m.dropout and m.num_layers > 1 for m in recurrent)
         self.name = type(branch).__name__
+        self.given = given
         hidden = _hidden(modules, given)
         self.contained = not hidden and all(map(is_self_contained, modules))
         # Replicas of nn.DataParallel hold them elsewhere.
@@ -192,16 +194,34 @@ def _is_a_cuda_graph(module: nn.Module) -> bool:
     return config is not None and bool((config() or {}).get("triton.cudagraphs"))
 
 
+def modules_among(values: Sequence[Any]) -> list[Any]:
+    """Lists the modules among values; a weak reference to one is none."""
+    return [v for v in values if issubclass(type(v), nn.Module) and hasattr(v, "_modules")]
+
+
 def _hidden(modules: Sequence[nn.Module], given: Sequence[nn.Module]) -> list[nn.Module]:
     """Lists the modules that some hold without registering them, or are given, each once.
 
-    One that holds the branch itself, as one does that is held to be asked, is left out.
+    Those are meant that may change something of theirs: in training, and with buffers or of an
+    unknown class. One that holds the branch itself, as one does that is held to be asked, is left
+    out.
     """
-    holders = [module for module in modules if not is_self_contained(module)]
-    found = [*given, *(v for m in holders for v in held_by(m)[0] if isinstance(v, nn.Module))]
-    inner = [[*module.modules()] for module in dict.fromkeys(found)] if found else []
-    every = [part for parts in inner if modules[0] not in parts for part in parts]
-    return [*dict.fromkeys(every).keys() - {*modules}]
+    known = {*modules}
+    found: list[nn.Module] = []
+    holders = [module for module in modules if given or not is_self_contained(module)]
+    new = [*given]
+    for holder in holders:  # grows meanwhile
+        for module in [*new, *modules_among(held_by(holder)[0])]:
+            parts = [] if module in known else [*module.modules()]
+            if modules[0] in parts:
+                continue
+            for part in [part for part in parts if part not in known and part.training]:
+                known.add(part)
+                unknown = not is_self_contained(part)
+                holders += [part] if unknown else []
+                found += [part] if unknown or part._buffers else []
+        new = []
+    return found
 
 
 class Group:
