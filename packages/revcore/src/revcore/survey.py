@@ -206,21 +206,20 @@ def _hidden(modules: Sequence[nn.Module], given: Sequence[nn.Module]) -> list[nn
     unknown class. One that holds the branch itself, as one does that is held to be asked, is left
     out.
     """
-    known = {*modules}
-    found: list[nn.Module] = []
-    holders = [module for module in modules if given or not is_self_contained(module)]
-    new = [*given]
-    for holder in holders:  # grows meanwhile
-        for module in [*new, *modules_among(held_by(holder)[0])]:
-            parts = [] if module in known else [*module.modules()]
-            if modules[0] in parts:
+    known, found = {*modules}, list[nn.Module]()
+    holders = [module for module in modules if not is_self_contained(module)]
+    queue = [*given, *(each for m in holders for each in modules_among(held_by(m)[0]))]
+    for module in queue:  # grows meanwhile
+        parts = [] if module in known else [*module.modules()]
+        for part in parts if modules[0] not in parts else ():
+            if part in known or not part.training:
                 continue
-            for part in [part for part in parts if part not in known and part.training]:
-                known.add(part)
-                unknown = not is_self_contained(part)
-                holders += [part] if unknown else []
-                found += [part] if unknown or part._buffers else []
-        new = []
+            known.add(part)
+            if not is_self_contained(part):
+                found.append(part)
+                queue += modules_among(held_by(part)[0])
+            elif part._buffers:
+                found.append(part)
     return found
 
 
