@@ -49,8 +49,8 @@ class ReversibleBlock(Reversible):
             See `set_reversing`.
 
     Raises:
-        TypeError: If `coupling` is neither a name nor a function that returns a `Coupling`, `f` is
-            such a one alone, or `split_dim` is no integer.
+        TypeError: If `coupling` is neither a name nor a function that returns a `Coupling`, or
+            `f` is a `Coupling` and there is no `g`, or `split_dim` is no integer.
         ValueError: If `coupling` is an unknown name.
 
     Example:

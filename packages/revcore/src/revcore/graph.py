@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revcore.streams import CUDA_GRAPHS, lasting
+from revcore.cuda_graphs import are_in_use, lasting
 from revcore.survey import Survey
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
@@ -56,7 +55,7 @@ def differentiate(
             "cannot be differentiated in a reversible chain. Pass use_reentrant=False, or call the "
             "module without it: a chain keeps no activations of its branches."
         ) from error
-    if CUDA_GRAPHS in sys.modules:
+    if are_in_use():
         found = [None if each is None else lasting(each) for each in found]
     return found if wanted is inputs else (None, *found)
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revcore.cuda_graphs import lasting
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, log_det_of
-from revcore.streams import Streams, dense, lasting
+from revcore.streams import Streams, dense
 
 
 class InvertibleStep(Step):

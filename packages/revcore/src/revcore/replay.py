@@ -11,7 +11,6 @@ looked at quickly (`revcore.survey`) and only what is not is put back piece by p
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -24,6 +23,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from revcore.arguments import exchange, takes_gradient, tensors_of
 from revcore.autocast import Autocast, autocast_as, autocast_now, no_autocast_cache
 from revcore.buffers import Copy, copy_all, settle
+from revcore.cuda_graphs import are_in_use
 from revcore.graph import differentiate, warn_of_a_result
 from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_states, is_capturing
 from revcore.remember import Memory
@@ -31,7 +31,6 @@ from revcore.running import run_branch
 from revcore.seen import Seen
 from revcore.snapshot import Change, Snapshot, fill, left_by
 from revcore.step import Pullback, Step
-from revcore.streams import CUDA_GRAPHS
 from revcore.survey import Survey, needs_of
 from revcore.turns import TURN
 from revcore.versions import changed, version
@@ -184,7 +183,7 @@ class Replay(Memory):
         self.draws = devices
         t = self._without_gradients(self._run, x)
         self._after = get_states(devices)
-        if CUDA_GRAPHS in sys.modules and self._survey.runs_cuda_graphs:
+        if are_in_use() and self._survey.runs_cuda_graphs:
             pairs = zip(self._before, self._after, strict=True)
             if any(a is not b and a.device.type == "cuda" for a, b in pairs):
                 raise RuntimeError(_GRAPH_DRAWS.format(self._survey.name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from torch import Tensor
 
 Streams = tuple[Tensor, ...]
 
-# What torch.compile(mode="reduce-overhead") has loaded.
-CUDA_GRAPHS = "torch._inductor.cudagraph_trees"
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
@@ -87,12 +84,6 @@ def dense(x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and torch.ops.aten.is_non_overlapping_and_dense(x):
         return x
     return x.clone()
-
-
-def lasting(x: Tensor) -> Tensor:
-    """Returns `x`, copied if the next run of a compiled module may take its memory."""
-    compiling = torch.compiler.is_compiling()
-    return x.clone() if not compiling and CUDA_GRAPHS in sys.modules and x.is_cuda else x
 
 
 def in_transform() -> bool:

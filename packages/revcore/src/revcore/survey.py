@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from revcore import cuda_graphs
 from revcore.buffers import copy_always, is_settled, stays
 from revcore.hooks import has_global_hooks, has_hooks
 from revcore.known import BATCH_NORMS, are_of_torch, draw, is_self_contained
@@ -173,7 +174,7 @@ class Survey:
     @cached_property
     def runs_cuda_graphs(self) -> bool:
         """Whether torch.compile makes CUDA graphs of one of the modules."""
-        return any(map(_is_a_cuda_graph, self.modules))
+        return any(map(cuda_graphs.becomes_one, self.modules))
 
     def devices(self, x: Tensor) -> list[torch.device]:
         """Lists the devices that the branch computes on for an input."""
@@ -182,16 +183,6 @@ class Survey:
     def kinds(self, x: Tensor) -> list[str]:
         """Lists their kinds, and the CPU, for which there is always something to compute."""
         return list(dict.fromkeys(["cpu", *(d.type for d in self.devices(x) if d.type != "meta")]))
-
-
-def _is_a_cuda_graph(module: nn.Module) -> bool:
-    own = vars(module)
-    # One that was compiled in place, or what torch.compile has made of one.
-    compiled: Any = own.get("_compiled_call_impl")
-    if compiled is None and "_torchdynamo_orig_callable" in own:
-        compiled = module
-    config = getattr(compiled, "get_compiler_config", None)
-    return config is not None and bool((config() or {}).get("triton.cudagraphs"))
 
 
 def modules_among(values: Sequence[Any]) -> list[Any]:
