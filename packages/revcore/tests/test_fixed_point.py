@@ -1,11 +1,13 @@
 """The fixed-point coupling: the same bits back, the same bits as stored, and no silent overflow."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import mlp
+from cases import loss_of, make_case, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -141,6 +143,51 @@ def test_gradients_are_those_of_the_additive_coupling(device):
     assert torch.equal(grad, x.grad)
     for a, b in zip(fixed.parameters(), additive.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("around_backward", [False, True])
+def test_hooks_on_saved_tensors_keep_nothing_alive(around_backward, device):
+    packed = []
+
+    def pack(x):
+        packed.append(weakref.ref(x))
+        return x
+
+    chain = make_case("fixed-point", "mlp", device=device, dtype=torch.float32).chain
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with hooks:
+        loss = loss_of(chain(torch.randn(5, 8, device=device)))
+        if around_backward:
+            loss.backward()
+    if not around_backward:
+        loss.backward()
+    del loss
+    gc.collect()
+    alive = [x() for x in packed if x() is not None]
+    assert packed
+    assert all(any(x is p for p in chain.parameters()) for x in alive)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.aux, self.table = nn.Linear(4, 4), None, {}
+
+    def forward(self, x):
+        x = self.linear(x).tanh()
+        self.aux = self.table["aux"] = x.square().mean()
+        return x
+
+
+@pytest.mark.parametrize("scheme", ["additive", "fixed_point"])
+def test_a_result_in_an_attribute_has_no_graph_of_the_first_run(scheme, device):
+    block = revcore.ReversibleBlock(Auxiliary(), coupling=scheme)
+    chain = revcore.ReversibleSequential(block).to(device)
+    chain(torch.randn(5, 8, device=device, requires_grad=True))
+    f = block.coupling.f
+    assert not f.aux.requires_grad
+    assert not f.table["aux"].requires_grad
+    assert f.aux > 0
 
 
 @pytest.mark.parametrize("reversing", [True, False])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import assert_as_stored, chain_of_branches, mlp, step_of
 from torch import nn
 
 import revcore
@@ -134,3 +135,31 @@ def test_a_tensor_inside_of_an_argument_that_requires_a_gradient_later(device):
     chain(x, condition=Condition(scale)).sum().backward()
     with pytest.raises(RuntimeError, match="would get no gradient"):
         chain(x, condition=Condition(scale.requires_grad_())).sum().backward()
+
+
+def noisy(self, x):
+    return nn.functional.linear(x, self.weight + torch.randn_like(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_class_of_torch_that_draws_from_now_on(device, warm, monkeypatch):
+    def step(net, x):
+        if warm:
+            net(x).sum().backward()
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Linear, "forward", noisy)
+            return step_of(net, x)
+
+    x = torch.randn(5, 8, dtype=torch.float64, device=device)
+    assert_as_stored(lambda: chain_of_branches(mlp(4, 4)), x, step)
+
+
+def test_a_class_of_torch_that_uses_a_tensor_from_now_on(device, monkeypatch):
+    scale = torch.ones(4, device=device, requires_grad=True)
+    chain = chain_of_branches(mlp(4, 4)).to(device)
+    x = torch.randn(5, 8, device=device)
+    chain(x).sum().backward()
+    plain = nn.Tanh.forward
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: plain(self, x) * scale.sum())
+    with pytest.raises(RuntimeError, match="requires a gradient but is neither"):
+        chain(x).sum().backward()

@@ -218,7 +218,7 @@ def _run_reversed(
     if group.lasts:
         call.found[call.branches] = group
     call.branches += len(steps)
-    seen = Seen(group, kwargs, call.given)
+    seen = Seen(group, kwargs, call.given, streams)
     for step, survey in zip(steps, group.surveys, strict=True):
         replay = Replay(step, survey, seen)
         replay.needs_x = True in map(needs.__getitem__, step.inputs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from revcore.hooks import has_global_hooks, has_hooks
+from revcore.overrides import PLAIN
 
 M = TypeVar("M", bound=type[nn.Module])
 
@@ -26,12 +28,19 @@ _OF_TORCH: tuple[type[nn.Module], ...] = (
 
 _PARAMETERS = {"weight", "bias"}
 
+_KINDS = PLAIN | {type(None)}
+
 # What runs when a module is called, which somebody may replace.
 _CODE = ("forward", "_conv_forward")
 
 
-def _code_of(kind: type[nn.Module]) -> list[Any]:
-    return [getattr(kind, name, None) for name in _CODE]
+_Read = Callable[[type[nn.Module]], Any]
+
+
+def _code_of(kind: type[nn.Module]) -> tuple[_Read, Any]:
+    """Returns how to read the code of a class, and what that is now."""
+    read = attrgetter(*(name for name in _CODE if hasattr(kind, name)))
+    return read, read(kind)
 
 
 # Modules whose results come from what they hold and from their arguments alone, with their code.
@@ -71,11 +80,17 @@ def self_contained(module: M) -> M:
     return module
 
 
+def is_as_declared(kind: type[nn.Module]) -> bool:
+    """Tells whether a class is known, and runs the code that it ran then."""
+    read, code = _contained.get(kind, (None, None))
+    return read is not None and read(kind) == code
+
+
 def is_self_contained(module: nn.Module) -> bool:
     """Tells whether a module is known to use nothing from elsewhere, but for modules inside."""
     kind = type(module)
     return (
-        _contained.get(kind) == _code_of(kind)
+        is_as_declared(kind)
         and not has_hooks(module)
         and not has_global_hooks()
         and not any(name in vars(module) for name in _CODE)
@@ -83,6 +98,9 @@ def is_self_contained(module: nn.Module) -> bool:
         and (kind not in _OF_TORCH or module._parameters.keys() <= _PARAMETERS)
         # Such as a weight that another net has made.
         and not any(isinstance(value, Tensor) for value in vars(module).values())
+        # Others may do anything in an operation.
+        and _KINDS.issuperset(map(type, module._parameters.values()))
+        and _KINDS.issuperset(map(type, module._buffers.values()))
     )
 
 

@@ -12,12 +12,13 @@ looked at quickly (`revcore.survey`) and only what is not is put back piece by p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks
 
 from revcore.arguments import exchange, takes_gradient, tensors_of
@@ -73,9 +74,20 @@ _NO_GRAPH = (
 
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _set_grad_enabled = torch._C._set_grad_enabled
+# Older releases of torch do not tell.
+_hooks_on_saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 _NOTHING: Mapping[int, Tensor] = {}
 _NO_CHANGES: list[Change] = []
 _AS_IT_IS = nullcontext()
+
+
+def _saving_nothing_elsewhere() -> AbstractContextManager[None]:
+    """Replaces hooks on saved tensors: nothing frees what they pack for a graph that is dropped."""
+    return saved_tensors_hooks(Tensor.detach, _itself) if _hooks_on_saved(True) else _AS_IT_IS
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class Replay(Memory):
@@ -125,7 +137,7 @@ class Replay(Memory):
         """
         self._stride, self._dtype = x.stride(), x.dtype
         if self._quick:
-            if not self._survey.draws:
+            if not (self._survey.draws or self.seen.draws):
                 return self._run(x)
             with TURN:
                 return self._draw(x)
@@ -173,7 +185,7 @@ class Replay(Memory):
 
     def _draw(self, x: Tensor) -> Tensor:
         """Runs the branch, and notes the random generators before it and after it."""
-        if not self._survey.draws:
+        if not (self._survey.draws or self.seen.draws):
             return self._without_gradients(self._run, x)
         devices = self._survey.devices(x)
         self._before = get_states(devices)
@@ -251,7 +263,7 @@ class Replay(Memory):
             aliases = self._stand_ins(x)
         _set_grad_enabled(True)
         try:
-            if quick and survey.repeats_simply:
+            if quick and survey.repeats_simply and not self.seen.draws:
                 self.again = True
                 t = self._run(x)
             elif quick:
@@ -335,8 +347,11 @@ class Replay(Memory):
         """Runs the branch; on a grid by the very code that is run with gradients."""
         if self.step.grid is None:
             return run(x)
-        with torch.enable_grad():
-            return run(x.detach().requires_grad_(self.needs_x)).detach()
+        with torch.enable_grad(), _saving_nothing_elsewhere():
+            t = run(x.detach().requires_grad_(self.needs_x)).detach()
+        for _, table, name in () if self._survey.contained else self._survey.snapshot.new_results():
+            table[name] = table[name].detach()  # or the graph would stay alive
+        return t
 
     def _repeat(
         self,
@@ -355,7 +370,7 @@ class Replay(Memory):
         if snapshot is not self._shared:
             same = snapshot.holds()
         cast = self._autocast or _is_any_autocast_enabled()
-        if same and survey.repeats_simply and not (aliases or cast):
+        if same and survey.repeats_simply and not (aliases or cast or self.seen.draws):
             return run_branch(*run)
         autocast = autocast_as(self._autocast, survey.kinds(x)) if cast else _AS_IT_IS
         changes = not (same and survey.contained) or aliases or survey.norms
@@ -416,5 +431,5 @@ class Replay(Memory):
                 fill(others)
                 if same:
                     snapshot.put_back(_NOTHING)
-        for module, name in results:
+        for module, _, name in results:
             warn_of_a_result(survey.modules[0], module, name)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.module import _global_forward_pre_hooks
 
 from revcore.arguments import Arguments, tensors_of
+from revcore.overrides import are_overridden
 from revcore.randomness import is_capturing
 from revcore.survey import Group, needs_of
 from revcore.versions import changed, contents
@@ -33,12 +34,15 @@ class Seen:
         usual: Whether then nothing has to be exchanged for a repetition.
         ran: Whether a branch has run that may have changed what another one holds.
         quick: Whether the first runs have neither arguments nor autocast.
+        draws: Whether what is around the branches, or their input, may draw random numbers.
     """
 
     same: bool | None = None
     usual = ran = False
 
-    def __init__(self, group: Group, kwargs: Arguments, given: Sequence[Tensor]) -> None:
+    def __init__(
+        self, group: Group, kwargs: Arguments, given: Sequence[Tensor], streams: Sequence[Tensor]
+    ) -> None:
         self._group = group
         self.given = given
         self.kwargs = kwargs
@@ -48,6 +52,7 @@ class Seen:
             self._needed = needs_of(self._tensors)
         self._contents = contents(self._tensors)
         self.quick = not (kwargs or _is_any_autocast_enabled())
+        self.draws = are_overridden([*streams, *given])
 
     def look(self) -> bool:
         """Tells whether the modules are as they were.

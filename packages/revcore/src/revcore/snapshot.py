@@ -201,10 +201,10 @@ class Snapshot:
             if table is module._buffers
         )
 
-    def new_results(self) -> list[tuple[nn.Module, str]]:
-        """Lists the attributes that have become tensors with a graph since."""
+    def new_results(self) -> list[tuple[nn.Module, Table, Any]]:
+        """Lists what has become a tensor with a graph since: whose, where, and its name there."""
         return [
-            (module, name)
+            (module, table, name)
             for module, table, held in self._entries
             for name, value in table.items()
             if isinstance(value, Tensor)

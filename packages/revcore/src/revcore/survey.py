@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from revcore import cuda_graphs
 from revcore.buffers import copy_always, is_settled, stays
 from revcore.hooks import has_global_hooks, has_hooks
-from revcore.known import BATCH_NORMS, are_of_torch, draw, is_self_contained
+from revcore.known import BATCH_NORMS, are_of_torch, draw, is_as_declared, is_self_contained
 from revcore.snapshot import Snapshot, held_by
 
 _requires_grad: Callable[[Tensor], bool] = attrgetter("requires_grad")
@@ -240,6 +240,7 @@ class Group:
         self.lasts = not given and all(survey.lasts for survey in surveys)
         self.needed = needs_of(self.tensors)
         self._buffers = [tensor for survey in surveys for tensor, _ in survey.buffers]
+        self._declared = [*filter(is_as_declared, {*map(type, self.modules)})]
         # A branch may change what another one of torch's own modules holds, if it is its own, too.
         shared = len({*map(id, self.modules)}) < len(self.modules)
         if shared and not all(survey.contained for survey in surveys):
@@ -252,6 +253,7 @@ class Group:
             self.snapshot.holds()
             and needs_of(self.tensors) == self.needed
             and not any(tensor.requires_grad for tensor in self._buffers)
+            and all(map(is_as_declared, self._declared))
             and not has_global_hooks()
         )
 

@@ -8,6 +8,7 @@ from the outputs: `_seek(k)` gives the streams as they stood before step `k`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from revcore.drift import track_drift
 from revcore.grid import compare_sums
+from revcore.overrides import Overrides
 from revcore.randomness import is_capturing
 from revcore.replay import Replay
 from revcore.shards import explain
@@ -59,6 +61,7 @@ class Tape:
     def __init__(self) -> None:
         # The steps of this call, and how to repeat their branches.
         self.records: list[Replay] = []
+        self._overrides = Overrides()
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
@@ -118,16 +121,17 @@ class Tape:
         seen.same = seen.look()
         found: list[Tensor | None] = []
         try:
-            if self._side is not None:
-                for index in reversed(steps):
-                    found += self._overlapped(self._side, index, grads, retain=retain)
-            else:
-                streams = self._seek(steps.stop, retain=retain)
-                for index in reversed(steps):
-                    found += self._rebuild(index, streams)(grads)
-                self._cursor = (steps.start, streams)
-                if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
-                    compare_sums(self._sums, streams)
+            with nullcontext() if self._overrides.are_here() else self._overrides.again():
+                if self._side is not None:
+                    for index in reversed(steps):
+                        found += self._overlapped(self._side, index, grads, retain=retain)
+                else:
+                    streams = self._seek(steps.stop, retain=retain)
+                    for index in reversed(steps):
+                        found += self._rebuild(index, streams)(grads)
+                    self._cursor = (steps.start, streams)
+                    if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
+                        compare_sums(self._sums, streams)
         except RuntimeError as error:
             explain(error, [replay.parameters() for replay in self.records])
             raise
