@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import SCHEMES, assert_as_stored, chain_of_branches, make_case, step_of
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 import revcore
 
@@ -337,3 +338,71 @@ def test_hooks_on_results_of_a_branch(x):
     for how in ("at once", "retained"):
         with pytest.raises(RuntimeError, match="branch Watched needs a graph of its own run"):
             chain_of_branches(Watched(how)).to(x)(x.requires_grad_())
+
+
+def nodes_of(y):
+    """Lists the nodes of a chain from the first to the last."""
+    found, following = [], y.grad_fn
+    while following is not None:
+        if type(following).__name__ == "_StepsNodeBackward":
+            found.append(following)
+        following = next((n for n, _ in following.next_functions if n is not None), None)
+    return found[::-1]
+
+
+def leaves_of(node):
+    found = [n.variable for n, _ in node.next_functions if hasattr(n, "variable")]
+    return [leaf for leaf in found if isinstance(leaf, nn.Parameter)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nodes_that_are_differentiated_one_by_one(scheme, order, device):
+    """Pipelines do so that put off the gradients of parameters ("zero bubble")."""
+    case = make_case(scheme, "conv2d", device=device)
+    x = case.x.clone().requires_grad_()
+    y = case.chain(x)
+    loss = y.sin().sum()
+    nodes, came = nodes_of(y), {}
+    assert len(nodes) == 3
+    hooks = [n.register_prehook(lambda g, n=n: came.__setitem__(n, g)) for n in nodes]
+    parameters = [*case.chain.parameters()]
+    expected = dict(
+        zip(
+            parameters,
+            torch.autograd.grad(loss, parameters, retain_graph=True),
+            strict=True,
+        )
+    )
+    for hook in hooks:
+        hook.remove()
+    for index in order:
+        node = nodes[index]
+        edges = [GradientEdge(node, i) for i, g in enumerate(came[node]) if g is not None]
+        leaves = leaves_of(node)
+        found = torch.autograd.grad(edges, leaves, [g for g in came[node] if g is not None])
+        for leaf, grad in zip(leaves, found, strict=True):
+            torch.testing.assert_close(grad, expected.pop(leaf))
+    assert not expected
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+def test_an_intermediate_result_and_then_the_rest_without_a_retained_graph(device):
+    case = make_case("additive", "conv2d", device=device)
+    middle = []
+    case.chain[1].register_forward_hook(lambda _module, _x, y: middle.append(y[0]))
+    parts = [list(part.parameters()) for part in (case.chain[:2], case.chain[2:])]
+
+    def step():
+        middle.clear()
+        y = case.chain(case.x)
+        before = torch.autograd.grad(middle[0].sin().sum(), parts[0], allow_unused=True)
+        return [*before, *torch.autograd.grad(y.sin().sum(), parts[1])]
+
+    ours = step()
+    revcore.set_reversing(case.chain, False)
+    for one, two in zip(ours, step(), strict=True):
+        assert (one is None) is (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two)

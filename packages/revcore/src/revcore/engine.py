@@ -105,6 +105,7 @@ class _StepsNode(torch.autograd.Function):
         tape: Any = call.tape
         streams, first = list(inputs[:count]), len(tape.records)
         tape.records += records
+        tape.nodes += 1
         if first == 0 and records[0].step.grid is not None:
             tape.sums = sums_of(streams)
         ctx.visit = tape, range(first, len(tape.records)), count, changed
@@ -141,8 +142,18 @@ class _StepsNode(torch.autograd.Function):
             every[index] = grad
         every += grads[len(changed) :]
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
-        found = tape.differentiate(steps, every, retain=retain)
+        # Another pass may come for nodes that this one leaves out.
+        whole = steps.stop == len(tape.records) and (
+            steps.start == 0 or any(map(_is_executed, dict(ctx.next_functions[:count])))
+        )
+        found = tape.differentiate(steps, every, retain=retain, whole=whole)
         return (None, None, None, None, *every, *found)
+
+
+def _is_executed(node: Any) -> bool:
+    """Tells whether a node is a part of this backward pass; of a leaf torch cannot tell."""
+    leaf = node is None or type(node) is torch._C._functions.AccumulateGrad
+    return not leaf and torch._C._will_engine_execute_node(node)
 
 
 def _warn_of_a_kept_input(step: Step) -> None:

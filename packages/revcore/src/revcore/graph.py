@@ -124,5 +124,5 @@ def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
         "nn.Parameter of the branch (and use it as self.name, if it has a hook), pass it by "
         "keyword (chain(x, name=tensor), itself or in a plain dict, list or tuple), detach it, or "
         "store the activations: revcore.set_reversing(model, False). With FSDP apply fully_shard "
-        "to the block, not to its branch."
+        "to the block, or to what calls revcore.recompute, not to the module that these run."
     )

@@ -8,6 +8,7 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,9 @@ def sums_of(streams: Sequence[Tensor]) -> Tensor | None:
     """Returns sums of the bits of streams, None where the host cannot compare any."""
     if any(map(_is_traced, streams)):
         return None
-    return torch.stack([total for stream in streams for total in _sums_of(stream.detach())])
+    sums: Any = torch.stack([s for stream in streams for s in _sums_of(stream.detach())])
+    whole: Tensor = sums.full_tensor() if hasattr(sums, "full_tensor") else sums  # of a DTensor
+    return whole
 
 
 def _sums_of(x: Tensor) -> tuple[Tensor, Tensor]:

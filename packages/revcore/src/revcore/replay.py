@@ -106,6 +106,7 @@ class Replay(Memory):
     """
 
     needs_x = False
+    _placements: Any = None
     _autocast: Autocast = ()
     _before = _after = NO_STATES
     # Buffers that the first run may have changed, and those that it has not.
@@ -136,6 +137,8 @@ class Replay(Memory):
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
         self._stride, self._dtype = x.stride(), x.dtype
+        if self.seen.draws:
+            self._placements = getattr(x, "placements", None)
         if self._quick:
             if not (self._survey.draws or self.seen.draws):
                 return self._run(x)
@@ -334,7 +337,12 @@ class Replay(Memory):
         return found
 
     def _lay_out(self, x: Tensor) -> Tensor:
-        """Copies `x` to the strides and dtype that the branch saw first; others give other bits."""
+        """Copies `x` to the strides and dtype that the branch saw first; others give other bits.
+
+        A branch may also look at what its process has of a DTensor.
+        """
+        if self._placements is not None:
+            x = x.redistribute(placements=self._placements)  # type: ignore[attr-defined]
         if x.stride() == self._stride and x.dtype == self._dtype:
             return x
         return x.new_empty_strided(x.shape, self._stride, dtype=self._dtype).copy_(x)

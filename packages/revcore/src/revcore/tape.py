@@ -65,6 +65,9 @@ class Tape:
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
+        # How many nodes there are, and the first steps of those that need it no more.
+        self.nodes = 0
+        self._done: set[int] = set()
         # Streams that are kept, by the step before which they stood; the outputs come after all.
         self.anchors: dict[int, Saved] = {}
         # Those of the streams before all steps, if these must come back bit for bit.
@@ -96,13 +99,16 @@ class Tape:
         if overlap and is_capturing(outputs[0].device):
             self._side = side_stream(outputs[0].device)
 
-    def differentiate(self, steps: range, grads: Gradients, *, retain: bool) -> list[Tensor | None]:
+    def differentiate(
+        self, steps: range, grads: Gradients, *, retain: bool, whole: bool
+    ) -> list[Tensor | None]:
         """Takes the gradients of all streams from after some steps to before them.
 
         Args:
-            steps: The steps, in the order of the forward pass.
+            steps: The steps of a node, in the order of the forward pass.
             grads: Gradients of all streams, which are replaced.
             retain: Whether another backward pass may follow, so that what is kept stays.
+            whole: Whether this pass begins with the last node and goes on to those before it.
 
         Returns:
             Gradients of the leaves of the steps' branches, from the last step to the first.
@@ -119,19 +125,9 @@ class Tape:
         # One look at the branches is enough for all of these steps.
         seen = self.records[steps.start].seen
         seen.same = seen.look()
-        found: list[Tensor | None] = []
         try:
             with nullcontext() if self._overrides.are_here() else self._overrides.again():
-                if self._side is not None:
-                    for index in reversed(steps):
-                        found += self._overlapped(self._side, index, grads, retain=retain)
-                else:
-                    streams = self._seek(steps.stop, retain=retain)
-                    for index in reversed(steps):
-                        found += self._rebuild(index, streams)(grads)
-                    self._cursor = (steps.start, streams)
-                    if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
-                        compare_sums(self._sums, streams)
+                found = self._go_down(steps, grads, retain=retain or not whole)
         except RuntimeError as error:
             explain(error, [replay.parameters() for replay in self.records])
             raise
@@ -139,11 +135,27 @@ class Tape:
             seen.same = None
         if steps.start == 0:
             self._cursor = None
-            if not retain:
-                # Nothing needs the tape any more, and the graph may live as long as the loss.
-                self.records.clear()
-                self.truth.clear()
-                self.anchors.clear()
+        if not retain:
+            self._done.add(steps.start)
+        if len(self._done) == self.nodes:
+            # Nothing needs the tape any more, and the graph may live as long as the loss.
+            self.records.clear()
+            self.truth.clear()
+            self.anchors.clear()
+        return found
+
+    def _go_down(self, steps: range, grads: Gradients, *, retain: bool) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        if self._side is not None:
+            for index in reversed(steps):
+                found += self._overlapped(self._side, index, grads, retain=retain)
+            return found
+        streams = self._seek(steps.stop, retain=retain)
+        for index in reversed(steps):
+            found += self._rebuild(index, streams)(grads)
+        self._cursor = (steps.start, streams)
+        if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
+            compare_sums(self._sums, streams)
         return found
 
     def _overlapped(
