@@ -5,8 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_as_stored, chain_of_branches, mlp
+from cases import Log, assert_as_stored, chain_of_branches, mlp
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -162,3 +163,29 @@ def test_modes_are_as_before_after_an_error(device):
             torch.autograd.backward([loss], [torch.ones_like(loss)])
         assert torch.overrides._get_current_function_mode_stack() == [other]
     assert mode not in torch.overrides._get_current_function_mode_stack()
+
+
+class Attention(nn.Module):
+    def __init__(self, kernels):
+        super().__init__()
+        self.linear, self.kernels = nn.Linear(16, 48), kernels
+
+    def forward(self, x):
+        flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+        self.kernels.append(flags)
+        q, k, v = self.linear(x).unflatten(-1, (6, 8)).transpose(1, 2).chunk(3, 1)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_the_kernel_of_attention(device):
+    """Others give other bits, and on a GPU other masks of dropout."""
+    kernels = Log()
+    block = revcore.ReversibleBlock(Attention(kernels), split_dim=-1, coupling="fixed_point")
+    chain = revcore.ReversibleSequential(block, split_dim=-1).to(device)
+    block.coupling.f.kernels = block.coupling.g.kernels = kernels
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = chain(torch.randn(3, 64, 32, device=device)).square().sum()
+    before = torch.backends.cuda.flash_sdp_enabled()
+    loss.backward()
+    assert kernels == 4 * [(False, True)]
+    assert torch.backends.cuda.flash_sdp_enabled() is before is True

@@ -1,4 +1,4 @@
-"""Code that takes the place of torch's operations: modes, and the classes of tensors.
+"""What decides which code an operation of torch runs: modes, classes of tensors, kernels' flags.
 
 The default device is a mode, too.
 """
@@ -20,6 +20,12 @@ _at = torch._C._get_function_stack_at
 _push = torch._C._push_on_torch_function_stack
 _pop = torch._C._pop_torch_function_stack
 
+# What torch.nn.attention.sdpa_kernel sets. Kernels draw other masks for dropout.
+_ATTENTION = [
+    (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
+    for name in ("flash", "mem_efficient", "math", "cudnn")
+]
+
 
 def modes_now() -> list[Any]:
     """Lists the modes of this thread, the innermost last."""
@@ -37,35 +43,46 @@ def are_overridden(tensors: Sequence[Tensor]) -> bool:
 
 
 class Overrides:
-    """Notes what is in the place of torch's operations now, to be there again.
+    """Notes what decides now, to decide again.
 
     A backward pass does not run as its forward pass did: `Tensor.backward` leaves the modes, what
-    runs on a GPU is differentiated in another thread, and a loss of a class of its own switches off
-    what its class does.
+    runs on a GPU is differentiated in another thread, a loss of a class of its own switches off
+    what its class does, and a choice of kernels may have been made for the forward pass alone.
     """
 
     def __init__(self) -> None:
         self._modes = modes_now()
         self._classes = _are_classes_asked()
+        self._attention = _kernels_now()
 
     def are_here(self) -> bool:
-        """Tells whether nothing else is there."""
-        return not (self._modes or count_modes()) and self._classes <= _are_classes_asked()
+        """Tells whether nothing else decides."""
+        return (
+            not (self._modes or count_modes())
+            and self._classes <= _are_classes_asked()
+            and self._attention == _kernels_now()
+        )
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Runs code in the same modes, and with the same say of the classes of tensors."""
-        outside = modes_now()
+        """Runs code with the same modes, the same say of the classes of tensors, and kernels."""
+        modes, kernels = modes_now(), _kernels_now()
         with torch._C._EnableTorchFunction() if self._classes else nullcontext():
-            _exchange(self._modes)
+            _exchange(self._modes, self._attention)
             try:
                 yield
             finally:
-                _exchange(outside)
+                _exchange(modes, kernels)
 
 
-def _exchange(modes: Sequence[Any]) -> None:
+def _kernels_now() -> list[bool]:
+    return [is_enabled() for is_enabled, _ in _ATTENTION]
+
+
+def _exchange(modes: Sequence[Any], kernels: Sequence[bool]) -> None:
     for _ in range(count_modes()):
         _pop()
     for mode in modes:
         _push(mode)
+    for (_, enable), enabled in zip(_ATTENTION, kernels, strict=True):
+        enable(enabled)
