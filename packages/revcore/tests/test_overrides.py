@@ -171,21 +171,25 @@ class Attention(nn.Module):
         self.linear, self.kernels = nn.Linear(16, 48), kernels
 
     def forward(self, x):
-        flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
-        self.kernels.append(flags)
+        enabled = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+        self.kernels.append((enabled, torch._C._get_sdp_priority_order()))
         q, k, v = self.linear(x).unflatten(-1, (6, 8)).transpose(1, 2).chunk(3, 1)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def test_the_kernel_of_attention(device):
+def test_the_kernels_of_attention(device):
     """Others give other bits, and on a GPU other masks of dropout."""
     kernels = Log()
     block = revcore.ReversibleBlock(Attention(kernels), split_dim=-1, coupling="fixed_point")
     chain = revcore.ReversibleSequential(block, split_dim=-1).to(device)
     block.coupling.f.kernels = block.coupling.g.kernels = kernels
-    with sdpa_kernel(SDPBackend.MATH):
+    usual = torch._C._get_sdp_priority_order()
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
         loss = chain(torch.randn(3, 64, 32, device=device)).square().sum()
-    before = torch.backends.cuda.flash_sdp_enabled()
     loss.backward()
-    assert kernels == 4 * [(False, True)]
-    assert torch.backends.cuda.flash_sdp_enabled() is before is True
+    (enabled, order), *others = kernels
+    assert enabled == (False, True)
+    assert order != usual
+    assert others == 3 * [(enabled, order)]
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch._C._get_sdp_priority_order() == usual

@@ -25,6 +25,7 @@ _ATTENTION = [
     (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
     for name in ("flash", "mem_efficient", "math", "cudnn")
 ]
+_Kernels = tuple[list[bool], list[int]]
 
 
 def modes_now() -> list[Any]:
@@ -75,14 +76,16 @@ class Overrides:
                 _exchange(modes, kernels)
 
 
-def _kernels_now() -> list[bool]:
-    return [is_enabled() for is_enabled, _ in _ATTENTION]
+def _kernels_now() -> _Kernels:
+    return [is_enabled() for is_enabled, _ in _ATTENTION], torch._C._get_sdp_priority_order()
 
 
-def _exchange(modes: Sequence[Any], kernels: Sequence[bool]) -> None:
+def _exchange(modes: Sequence[Any], kernels: _Kernels) -> None:
     for _ in range(count_modes()):
         _pop()
     for mode in modes:
         _push(mode)
-    for (_, enable), enabled in zip(_ATTENTION, kernels, strict=True):
+    flags, order = kernels
+    for (_, enable), enabled in zip(_ATTENTION, flags, strict=True):
         enable(enabled)
+    torch._C._set_sdp_priority_order(order)
