@@ -129,6 +129,21 @@ def test_gradients_with_gaps_have_the_same_bits_as_stored(apart, device):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("streams", [(0,), (1,), (0, 1)])
+def test_a_loss_of_streams_inside_has_the_same_bits_as_stored(streams, device):
+    chain = make_case("fixed-point", "mlp", 4, device, torch.float32).chain
+    taken = []
+    chain[1].register_forward_hook(lambda _module, _x, y: taken.extend(y[i] for i in streams))
+    x, found = torch.randn(5, 8, device=device), []
+    for reversing in (True, False):
+        revcore.set_reversing(chain, reversing).zero_grad()
+        taken.clear()
+        loss = loss_of(chain(x)) + sum(loss_of(3 * stream) for stream in taken)
+        loss.backward()
+        found.append([parameter.grad for parameter in chain.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 def test_gradients_are_those_of_the_additive_coupling(device):
     """Where rounding changes nothing: on inputs and branch outputs that are on the grid."""
     f, g = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)

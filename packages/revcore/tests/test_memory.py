@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from cases import SCHEMES, make_case
+from cases import SCHEMES, chain_of_branches, make_case
 from torch import nn
 
 import revcore
@@ -53,6 +53,54 @@ def test_blocks_that_share_a_node_hold_gradients_a_little_longer(scheme, device,
     parameters = sum(parameter.nbytes for parameter in chain[:8].parameters())
     assert nine <= shallow + parameters + x.nbytes // 2
     assert activations(chain, x) == (after_forward, nine)
+
+
+class Token(nn.Module):
+    """Appends a parameter to the stream: its gradient is a view of one that is as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 4))
+
+    def forward(self, x):
+        return torch.cat([x, self.token]).tanh()[:-1]
+
+
+class Median(nn.Module):
+    """Remembers a view of something large."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        (median,) = revcore.remember(lambda: (x.sort(0).values[len(x) // 2],))
+        return self.linear(x - median).tanh()
+
+
+@pytest.mark.parametrize("branch", [Token, Median])
+def test_no_branch_keeps_more_than_it_needs(branch, device):
+    x = wide_input(device)
+    shallow, deep = (activations(chain_of_branches(branch(), depth).to(x), x) for depth in (4, 32))
+    # Parameters, whose gradients a node holds, and medians.
+    small = 32 * 2 * (20 + 4) * x.element_size()
+    assert small < x.nbytes / 8
+    assert deep[0] <= shallow[0] + small
+    assert deep[1] <= shallow[1] + small
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+def test_log_determinants_are_added_up_at_once(reversing, device):
+    """Of points in the plane one is as large as a stream."""
+    x = torch.randn(5000, 2, dtype=torch.float64, device=device)
+    peaks = []
+    for depth in (4, 32):
+        blocks = [revcore.ReversibleBlock(nn.Linear(1, 1), coupling="affine") for _ in range(depth)]
+        chain = revcore.ReversibleSequential(*blocks, log_det=True).to(x)
+        with revcore.track_memory() as memory, torch.set_grad_enabled(reversing):
+            chain(x)
+        peaks.append(memory.peak_bytes)
+    assert peaks[0] == peaks[1]
 
 
 def test_a_block_alone_saves_memory(device):

@@ -193,3 +193,36 @@ def test_the_kernels_of_attention(device):
     assert others == 3 * [(enabled, order)]
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch._C._get_sdp_priority_order() == usual
+
+
+def halve(module, _x, y):
+    return 0.5 * y if isinstance(module, nn.Linear) else None
+
+
+def halve_gradient(module, grads, _of_y):
+    return tuple(0.5 * grad for grad in grads) if isinstance(module, nn.Linear) else None
+
+
+@pytest.mark.parametrize("around", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda: nn.modules.module.register_module_forward_hook(halve),
+        lambda: nn.modules.module.register_module_full_backward_hook(halve_gradient),
+    ],
+)
+def test_hooks_on_all_modules_around_one_pass(register, around, device):
+    def step(net, x):
+        net.zero_grad()
+        x = x.detach().requires_grad_()
+        hook = register() if around == "forward" else None
+        loss = net(x).square().sum()
+        hook = register() if hook is None else hook.remove()
+        loss.backward()
+        if hook is not None:
+            hook.remove()
+        return [loss, x.grad, *(p.grad for p in net.parameters())]
+
+    x = torch.randn(5, 8, dtype=torch.float64, device=device)
+    assert_as_stored(CHAINS["known"], x, step)
+    assert not nn.modules.module._has_any_global_hook()

@@ -46,7 +46,7 @@ class Call:
         split_dim: Dimension along which they are joined for modules that know nothing of them.
         given: The tensors among its extra arguments.
         measures: Whether the steps give their log-determinants.
-        log_dets: Those that they have given.
+        log_dets: The sum of those that they have given, if there is one.
         branches: How many branches this call has come to.
         watch: Keeps the call on its grid.
         keeps: Whether to keep the streams as they stand before the next step.
@@ -60,7 +60,7 @@ class Call:
     split_dim: int = 1
     given: Sequence[Tensor] = ()
     measures: bool = False
-    log_dets: list[Tensor] = field(default_factory=list)
+    log_dets: Streams = ()
     branches: int = 0
     watch: GridWatch = field(default_factory=GridWatch)
     keeps: bool = False
@@ -108,7 +108,8 @@ class _StepsNode(torch.autograd.Function):
         tape.nodes += 1
         if first == 0 and records[0].step.grid is not None:
             tape.sums = sums_of(streams)
-        ctx.visit = tape, range(first, len(tape.records)), count, changed
+        measured = sum(replay.step.measures for replay in records)
+        ctx.visit = tape, range(first, len(tape.records)), count, changed, measured
         # What the loss does not depend on gets no gradient, rather than one of zeros.
         ctx.set_materialize_grads(False)
         for index, replay in enumerate(records, first):
@@ -121,6 +122,7 @@ class _StepsNode(torch.autograd.Function):
                 tape.keep(index, before)
                 _warn_of_a_kept_input(step)
             del before  # or the first one is alive until the last
+            streams[count:] = _sum_of(streams[count:])
         return (*[streams[index] for index in changed], *streams[count:])
 
     @staticmethod
@@ -136,11 +138,11 @@ class _StepsNode(torch.autograd.Function):
             with torch.inference_mode(mode=False), torch.no_grad():
                 copies: Any = (None if grad is None else grad.clone() for grad in grads)
                 return _StepsNode.backward(ctx, *copies)
-        tape, steps, count, changed = ctx.visit
+        tape, steps, count, changed, measured = ctx.visit
         every: list[Tensor | None] = [None] * count
-        for index, grad in zip(changed, grads):  # noqa: B905 - log-determinants may follow
+        for index, grad in zip(changed, grads):  # noqa: B905 - a log-determinant may follow
             every[index] = grad
-        every += grads[len(changed) :]
+        every += grads[len(changed) :] * measured
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         # Another pass may come for nodes that this one leaves out.
         whole = steps.stop == len(tape.records) and (
@@ -196,13 +198,16 @@ def run_in(call: Call, steps: Sequence[Step], streams: Streams, kwargs: Argument
     current = [x if x.is_contiguous() else dense(x) for x in streams]
     outer, thread.call = thread.call, None
     try:
-        if call.tape is None:
-            _run_each(call, steps, current, partial(_run_stored, kwargs))
-        else:
-            # Whoever gets the streams one by one may ask for the gradient of one that another is
-            # made of.
-            for part in [[step] for step in steps] if call.apart else [steps]:
+        # Whoever gets the streams one by one may ask for the gradient of one that another is made
+        # of.
+        for part in [[step] for step in steps] if call.apart else [steps]:
+            if call.tape is not None:
                 _run_reversed(call, call.tape, part, current, kwargs)
+                continue
+            if call.watch.bits is not None and torch.is_grad_enabled():
+                # Here the gradients of uses in this part meet, as a node adds them up.
+                current[:] = [x.view_as(x) for x in current]
+            _run_each(call, part, current, partial(_run_stored, kwargs))
     except IndexError:
         most = max(index for step in steps for index in (*step.inputs, *step.writes))
         if most < len(streams):
@@ -252,9 +257,9 @@ def _run_reversed(
     # in that order, as it does where activations are stored.
     leaves = [leaf for replay in reversed(records) for leaf in replay.leaves]
     outputs = _StepsNode.apply(call, records, changed, len(streams), *streams, *leaves)
-    for index, output in zip(changed, outputs):  # noqa: B905 - log-determinants may follow
+    for index, output in zip(changed, outputs):  # noqa: B905 - a log-determinant may follow
         streams[index] = output
-    call.log_dets += outputs[len(changed) :]
+    call.log_dets = _sum_of([*call.log_dets, *outputs[len(changed) :]])
 
 
 def _run_each(
@@ -264,8 +269,13 @@ def _run_each(
     count = len(streams)
     for step in steps:
         call.watch.apply(step, partial(run, step), streams)
-    call.log_dets += streams[count:]
-    del streams[count:]
+        call.log_dets = _sum_of([*call.log_dets, *streams[count:]])
+        del streams[count:]
+
+
+def _sum_of(log_dets: Sequence[Tensor]) -> Streams:
+    """Adds log-determinants at once, or all of them would be alive until the last."""
+    return (sum(log_dets[1:], log_dets[0]),) if log_dets else ()
 
 
 def _run_frozen(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as _module
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _GLOBAL = [vars(_module)[f"_global{name}"] for name in HOOKS]
+# With what they tell of how hooks are called.
+GLOBAL_TABLES: list[dict[int, Any]] = [
+    *_GLOBAL,
+    _module._global_forward_hooks_always_called,
+    _module._global_forward_hooks_with_kwargs,
+]
 
 
 def has_hooks(module: nn.Module) -> bool:

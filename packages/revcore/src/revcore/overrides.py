@@ -1,4 +1,4 @@
-"""What decides which code an operation of torch runs: modes, classes of tensors, kernels' flags.
+"""What decides, outside of modules, which code runs: modes, classes of tensors, flags, hooks.
 
 The default device is a mode, too.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from revcore.hooks import GLOBAL_TABLES, has_global_hooks
 
 PLAIN = frozenset((Tensor, nn.Parameter))
 
@@ -25,7 +27,9 @@ _ATTENTION = [
     (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
     for name in ("flash", "mem_efficient", "math", "cudnn")
 ]
-_Kernels = tuple[list[bool], list[int]]
+_NO_HOOKS: list[dict[int, Any]] = [{} for _ in GLOBAL_TABLES]
+# Modes, kernels of attention, their order, hooks on all modules.
+_Deciding = tuple[list[Any], list[bool], list[int], list[dict[int, Any]]]
 
 
 def modes_now() -> list[Any]:
@@ -48,44 +52,46 @@ class Overrides:
 
     A backward pass does not run as its forward pass did: `Tensor.backward` leaves the modes, what
     runs on a GPU is differentiated in another thread, a loss of a class of its own switches off
-    what its class does, and a choice of kernels may have been made for the forward pass alone.
+    what its class does, and hooks on all modules, or a choice of kernels, may have been made for
+    the forward pass alone.
     """
 
     def __init__(self) -> None:
-        self._modes = modes_now()
+        self._now = _now()
         self._classes = _are_classes_asked()
-        self._attention = _kernels_now()
 
     def are_here(self) -> bool:
         """Tells whether nothing else decides."""
-        return (
-            not (self._modes or count_modes())
-            and self._classes <= _are_classes_asked()
-            and self._attention == _kernels_now()
-        )
+        return self._now == _now() and self._classes <= _are_classes_asked()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Runs code with the same modes, the same say of the classes of tensors, and kernels."""
-        modes, kernels = modes_now(), _kernels_now()
+        """Runs code with the same modes, the same say of the classes of tensors, and so on."""
+        outside = _now()
         with torch._C._EnableTorchFunction() if self._classes else nullcontext():
-            _exchange(self._modes, self._attention)
+            _exchange(self._now)
             try:
                 yield
             finally:
-                _exchange(modes, kernels)
+                _exchange(outside)
 
 
-def _kernels_now() -> _Kernels:
-    return [is_enabled() for is_enabled, _ in _ATTENTION], torch._C._get_sdp_priority_order()
+def _now() -> _Deciding:
+    kernels = [is_enabled() for is_enabled, _ in _ATTENTION]
+    hooks = [*map(dict, GLOBAL_TABLES)] if has_global_hooks() else _NO_HOOKS
+    return modes_now(), kernels, torch._C._get_sdp_priority_order(), hooks
 
 
-def _exchange(modes: Sequence[Any], kernels: _Kernels) -> None:
+def _exchange(deciding: _Deciding) -> None:
+    modes, kernels, order, hooks = deciding
     for _ in range(count_modes()):
         _pop()
     for mode in modes:
         _push(mode)
-    flags, order = kernels
-    for (_, enable), enabled in zip(_ATTENTION, flags, strict=True):
+    for (_, enable), enabled in zip(_ATTENTION, kernels, strict=True):
         enable(enabled)
     torch._C._set_sdp_priority_order(order)
+    for table, held in zip(GLOBAL_TABLES, hooks, strict=True):
+        if table != held:
+            table.clear()
+            table.update(held)

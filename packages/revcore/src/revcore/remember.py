@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revcore.randomness import NO_STATES, States, get_states, set_states
+from revcore.streams import alone
 
 Tensors = tuple[Tensor, ...]
 
@@ -50,7 +51,7 @@ class Memory:
     def _compute(self, compute: Callable[[], Tensors]) -> tuple[Tensors, States]:
         before = NO_STATES if self.draws is None else get_states(self.draws)
         # The branch may be part of another one, which is being repeated.
-        result = _ask(self.outer, compute)
+        result = tuple(map(alone, _ask(self.outer, compute)))
         after = NO_STATES if self.draws is None else get_states(self.draws)
         return result, [b for a, b in zip(before, after, strict=True) if a is not b]
 

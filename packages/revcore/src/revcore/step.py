@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from revcore.streams import Streams
@@ -120,7 +121,7 @@ def log_det_of(x: Tensor, log_det: Any, owner: object) -> Tensor:
             f"log_det of {type(owner).__name__} must return a tensor of shape (batch,) = "
             f"({len(x)},), got {got}"
         )
-    return log_det.expand(len(x))
+    return log_det.to(torch.promote_types(log_det.dtype, x.dtype)).expand(len(x))
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

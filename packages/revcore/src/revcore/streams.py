@@ -86,6 +86,12 @@ def dense(x: Tensor) -> Tensor:
     return x.clone()
 
 
+def alone(x: Tensor) -> Tensor:
+    """Returns `x`, copied if it is a part of a larger tensor, which it would keep alive."""
+    whole = x._base
+    return x if whole is None or whole.numel() <= x.numel() else x.clone()
+
+
 def in_transform() -> bool:
     """Tells whether a transform of torch.func is at work, in which nothing is reversed.
 

@@ -21,7 +21,7 @@ from revcore.randomness import is_capturing
 from revcore.replay import Replay
 from revcore.shards import explain
 from revcore.step import Differentiate, Gradients
-from revcore.streams import Streams, dense
+from revcore.streams import Streams, alone, dense
 from revcore.versions import versions
 
 _SECOND_TIME = (
@@ -152,7 +152,9 @@ class Tape:
             return found
         streams = self._seek(steps.stop, retain=retain)
         for index in reversed(steps):
-            found += self._rebuild(index, streams)(grads)
+            of_leaves = self._rebuild(index, streams)(grads)
+            # A part of a larger tensor would keep all of it until the last step.
+            found += [None if grad is None else alone(grad) for grad in of_leaves]
         self._cursor = (steps.start, streams)
         if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
             compare_sums(self._sums, streams)
