@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -127,6 +128,34 @@ def test_gradients_with_gaps_have_the_same_bits_as_stored(apart, device):
         y.square().mean().backward()
         found.append([leaf.grad, *(p.grad for p in net.parameters())])
     assert all(map(torch.equal, *found))
+
+
+class Mixer(nn.Module):
+    """Mixes tokens, in a memory layout of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.mix(x.mT).mT.tanh()
+
+
+@pytest.mark.parametrize("reduce", [torch.sum, partial(torch.sum, dim=1), lambda y: y.sum(-1) ** 2])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_gradients_of_one_number_for_many_have_the_same_bits_as_stored(depth, reduce, device):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        blocks = [
+            revcore.ReversibleBlock(Mixer(), Mixer(), coupling="fixed_point") for _ in range(depth)
+        ]
+        chain = revcore.ReversibleSequential(*blocks, split_dim=-1).to(device)
+        x, found = torch.randn(4, 5, 16, device=device), []
+        for reversing in (True, False):
+            revcore.set_reversing(chain, reversing).zero_grad()
+            reduce(chain(x)).square().sum().backward()
+            found.append([parameter.grad for parameter in chain.parameters()])
+        assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("streams", [(0,), (1,), (0, 1)])

@@ -73,8 +73,8 @@ class AddingStep(HalfStep):
         self, pull: Pullback, destination: Destination, grads: Gradients
     ) -> Sequence[Tensor | None]:
         grad = grads[self.target]
-        if self.inverted and grad is not None:
-            grad = -grad
+        if grad is not None:
+            grads[self.target], grad = self._vjp(grad, grad, grad)
         destination.gradient, destination.gradient_added = grads[self.source], False
         of_source, *found = pull(grad)
         if not destination.gradient_added:

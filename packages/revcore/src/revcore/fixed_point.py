@@ -10,6 +10,7 @@ from revcore.adding import adding
 from revcore.additive import AdditiveCoupling, refuse_misfit
 from revcore.grid import move
 from revcore.half_step import HalfStep
+from revcore.streams import dense
 
 
 class FixedPointCoupling(AdditiveCoupling):
@@ -77,10 +78,16 @@ class FixedPointCoupling(AdditiveCoupling):
         refuse_misfit(a, t)
         return move(a, t, self.fraction_bits, -1)
 
-    # The gradients of sums, and no log-determinant, which other arithmetic would not have.
+    # No log-determinant, which other arithmetic would have.
     log_det = None
-    combine_vjp = AdditiveCoupling.combine_vjp
-    uncombine_vjp = AdditiveCoupling.uncombine_vjp
+
+    # The gradients of sums, as they come behind the sign in `move` where activations are stored:
+    # kernels may give other bits for other strides.
+    def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return super().combine_vjp(a, t, dense(grad))
+
+    def uncombine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return super().uncombine_vjp(a, t, dense(grad))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fraction_bits={self.fraction_bits}"

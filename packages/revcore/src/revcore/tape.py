@@ -21,7 +21,7 @@ from revcore.randomness import is_capturing
 from revcore.replay import Replay
 from revcore.shards import explain
 from revcore.step import Differentiate, Gradients
-from revcore.streams import Streams, alone, dense
+from revcore.streams import Streams, alone
 from revcore.versions import versions
 
 _SECOND_TIME = (
@@ -118,10 +118,6 @@ class Tape:
         """
         if not self.records:
             raise RuntimeError(_SECOND_TIME)
-        if self.records[steps.start].step.grid is not None:
-            # As they come behind the sign in `move`, where activations are stored: kernels may give
-            # other bits for other strides.
-            grads[:] = [None if grad is None else dense(grad) for grad in grads]
         # One look at the branches is enough for all of these steps.
         seen = self.records[steps.start].seen
         seen.same = seen.look()
