@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from revcore.hooks import has_global_hooks, has_hooks
-from revcore.overrides import PLAIN
+from revcore.surroundings import PLAIN
 
 M = TypeVar("M", bound=type[nn.Module])
 

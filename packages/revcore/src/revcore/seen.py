@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.modules.module import _global_forward_pre_hooks
 
 from revcore.arguments import Arguments, tensors_of
-from revcore.overrides import are_overridden
 from revcore.randomness import is_capturing
+from revcore.surroundings import are_overridden
 from revcore.survey import Group, needs_of
 from revcore.versions import changed, contents
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from revcore.drift import track_drift
 from revcore.grid import compare_sums
-from revcore.overrides import Overrides
 from revcore.randomness import is_capturing
 from revcore.replay import Replay
 from revcore.shards import explain
 from revcore.step import Differentiate, Gradients
 from revcore.streams import Streams, alone
+from revcore.surroundings import Surroundings
 from revcore.versions import versions
 
 _SECOND_TIME = (
@@ -61,7 +61,7 @@ class Tape:
     def __init__(self) -> None:
         # The steps of this call, and how to repeat their branches.
         self.records: list[Replay] = []
-        self._overrides = Overrides()
+        self._surroundings = Surroundings()
         # The true streams before each step, where drift is measured.
         self.drift = track_drift.current
         self.truth: list[Streams] = []
@@ -122,7 +122,7 @@ class Tape:
         seen = self.records[steps.start].seen
         seen.same = seen.look()
         try:
-            with nullcontext() if self._overrides.are_here() else self._overrides.again():
+            with nullcontext() if self._surroundings.are_here() else self._surroundings.again():
                 found = self._go_down(steps, grads, retain=retain or not whole)
         except RuntimeError as error:
             explain(error, [replay.parameters() for replay in self.records])

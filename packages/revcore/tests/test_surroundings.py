@@ -1,4 +1,4 @@
-"""Modes, and classes of tensors, that do something else in the place of torch's operations."""
+"""What decides, outside of modules, which code runs: both runs of a branch have it."""
 
 from contextlib import nullcontext
 

@@ -47,7 +47,7 @@ def are_overridden(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-class Overrides:
+class Surroundings:
     """Notes what decides now, to decide again.
 
     A backward pass does not run as its forward pass did: `Tensor.backward` leaves the modes, what
