@@ -257,6 +257,18 @@ def test_what_was_replaced_is_not_kept_by_a_chain(kept, x):
             gc.enable()
 
 
+def test_weights_that_were_replaced_are_freed_block_by_block(device):
+    chain = chain_of_branches(nn.Linear(32, 32), 3).to(device)
+    x = torch.randn(2, 64, device=device)
+    step_of(chain, x)
+    gone, alive = weakref.ref(chain[0].coupling.f.weight), []
+    state = {name: value.detach().clone() for name, value in chain.state_dict().items()}
+    chain.load_state_dict(state, assign=True)
+    chain[2].coupling.f.register_forward_pre_hook(lambda *_: alive.append(gone() is not None))
+    chain(x)
+    assert alive == [False]
+
+
 class Permits(nn.Module):
     def forward(self, x):
         return x

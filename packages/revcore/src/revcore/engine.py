@@ -230,6 +230,8 @@ def _run_reversed(
     group = call.groups.get(call.branches)
     given = modules_among(values_of(kwargs)) if kwargs else ()
     if given or group is None or group.branches != branches or not group.holds():
+        # The old one may hold parameters that nobody else has any more.
+        call.groups.pop(call.branches, None)
         group = Group(branches, given)
     if group.lasts:
         call.found[call.branches] = group
