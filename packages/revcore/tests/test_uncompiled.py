@@ -201,3 +201,18 @@ def test_a_tensor_that_an_adapter_finds_elsewhere_compiled(device):
     chain = revcore.ReversibleSequential(coupling).to(device)
     with pytest.raises(Exception, match=r"uses a tensor of shape|Observed exception"):
         torch.compile(chain, backend="aot_eager")(torch.randn(5, 8, device=device)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_backward_pass_that_is_compiled(device):
+    """The eager engine under compiled autograd, which traces what nodes do in Python."""
+    from torch._dynamo import compiled_autograd  # noqa: PLC0415 - takes seconds
+
+    case = make_case("additive", "conv2d", device=device)
+    plain = gradients(case.plain, case.chain, case.x)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        ours = gradients(case.chain, case.chain, case.x)
+    assert_same(
+        {name: value for name, value in ours.items() if not name.startswith("buffer")},
+        {name: value for name, value in plain.items() if not name.startswith("buffer")},
+    )

@@ -146,16 +146,19 @@ class _StepsNode(torch.autograd.Function):
         retain = bool(torch._C._autograd._get_current_graph_task_keep_graph())
         # Another pass may come for nodes that this one leaves out.
         whole = steps.stop == len(tape.records) and (
-            steps.start == 0 or any(map(_is_executed, dict(ctx.next_functions[:count])))
+            steps.start == 0 or _is_any_executed(ctx, count)
         )
         found = tape.differentiate(steps, every, retain=retain, whole=whole)
         return (None, None, None, None, *every, *found)
 
 
-def _is_executed(node: Any) -> bool:
-    """Tells whether a node is a part of this backward pass; of a leaf torch cannot tell."""
-    leaf = node is None or type(node) is torch._C._functions.AccumulateGrad
-    return not leaf and torch._C._will_engine_execute_node(node)
+def _is_any_executed(ctx: Any, count: int) -> bool:
+    """Tells whether a node that gave one of the first inputs is a part of this backward pass."""
+    if torch.compiler.is_compiling():  # the backward pass, which has no nodes then
+        return False
+    leaf = torch._C._functions.AccumulateGrad  # of which torch cannot tell
+    nodes = [node for node, _ in ctx.next_functions[:count] if node and type(node) is not leaf]
+    return any(map(torch._C._will_engine_execute_node, nodes))
 
 
 def _warn_of_a_kept_input(step: Step) -> None:
