@@ -122,7 +122,8 @@ class _StepsNode(torch.autograd.Function):
                 tape.keep(index, before)
                 _warn_of_a_kept_input(step)
             del before  # or the first one is alive until the last
-            streams[count:] = _sum_of(streams[count:])
+            if step.measures:
+                streams[count:] = _sum_of(streams[count:])
         return (*[streams[index] for index in changed], *streams[count:])
 
     @staticmethod

@@ -147,10 +147,12 @@ class Tape:
                 found += self._overlapped(self._side, index, grads, retain=retain)
             return found
         streams = self._seek(steps.stop, retain=retain)
+        # Where streams are small, to look costs more than it may save.
+        large = streams[0].numel() > 2**12
         for index in reversed(steps):
             of_leaves = self._rebuild(index, streams)(grads)
             # A part of a larger tensor would keep all of it until the last step.
-            found += [None if grad is None else alone(grad) for grad in of_leaves]
+            found += [None if g is None else alone(g) for g in of_leaves] if large else of_leaves
         self._cursor = (steps.start, streams)
         if steps.start == 0 and self._sums is not None and 0 not in self.anchors:
             compare_sums(self._sums, streams)
