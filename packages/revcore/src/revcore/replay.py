@@ -137,7 +137,7 @@ class Replay(Memory):
             RuntimeError: If the branch changes its input in place, or has lazy parameters.
         """
         self._stride, self._dtype = x.stride(), x.dtype
-        if self.seen.draws:
+        if self.seen.draws:  # as all do whose streams are of a class of their own, like DTensors
             self._placements = getattr(x, "placements", None)
         if self._quick:
             if not (self._survey.draws or self.seen.draws):

@@ -16,7 +16,7 @@ from revcore.hooks import GLOBAL_TABLES, has_global_hooks
 
 PLAIN = frozenset((Tensor, nn.Parameter))
 
-count_modes = torch._C._len_torch_function_stack
+_count = torch._C._len_torch_function_stack
 _are_classes_asked = torch._C._is_torch_function_enabled
 _at = torch._C._get_function_stack_at
 _push = torch._C._push_on_torch_function_stack
@@ -32,9 +32,9 @@ _NO_HOOKS: list[dict[int, Any]] = [{} for _ in GLOBAL_TABLES]
 _Deciding = tuple[list[Any], list[bool], list[int], list[dict[int, Any]]]
 
 
-def modes_now() -> list[Any]:
+def _modes_now() -> list[Any]:
     """Lists the modes of this thread, the innermost last."""
-    return [*map(_at, range(count_modes()))]
+    return [*map(_at, range(_count()))]
 
 
 def are_overridden(tensors: Sequence[Tensor]) -> bool:
@@ -43,7 +43,7 @@ def are_overridden(tensors: Sequence[Tensor]) -> bool:
         not PLAIN.issuperset(map(type, tensors))
         or torch._C._len_torch_dispatch_stack() > 0
         # Not by its class, which is not imported until somebody sets a default device.
-        or any(type(mode).__name__ != "DeviceContext" for mode in modes_now())
+        or any(type(mode).__name__ != "DeviceContext" for mode in _modes_now())
     )
 
 
@@ -79,12 +79,12 @@ class Surroundings:
 def _now() -> _Deciding:
     kernels = [is_enabled() for is_enabled, _ in _ATTENTION]
     hooks = [*map(dict, GLOBAL_TABLES)] if has_global_hooks() else _NO_HOOKS
-    return modes_now(), kernels, torch._C._get_sdp_priority_order(), hooks
+    return _modes_now(), kernels, torch._C._get_sdp_priority_order(), hooks
 
 
 def _exchange(deciding: _Deciding) -> None:
     modes, kernels, order, hooks = deciding
-    for _ in range(count_modes()):
+    for _ in range(_count()):
         _pop()
     for mode in modes:
         _push(mode)
