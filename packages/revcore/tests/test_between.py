@@ -327,5 +327,5 @@ def test_what_is_no_coupling():
             revcore.ReversibleBlock(f, f, coupling=coupling)
     with pytest.raises(TypeError, match="x must be one tensor, got tuple"):
         revcore.recompute(f, (torch.zeros(2, 4),))
-    with pytest.raises(TypeError, match="module must be a class, got an object of Linear"):
+    with pytest.raises(TypeError, match="module must be a class of modules, got Linear"):
         revcore.self_contained(f)

@@ -109,6 +109,13 @@ def test_a_wrong_inverse():
     assert "first bad block: 1: inverse does not undo forward" in repr(report)
 
 
+def test_a_tolerance_of_nothing():
+    chain = ReversibleSequential(ReversibleBlock(linear()), ReversibleBlock(linear()))
+    report = check_invertible(chain, torch.randn(30, 8), tolerance=0.0)
+    assert not report
+    assert report.blocks[-1].tolerance == 0
+
+
 def test_an_inverse_that_raises():
     class Missing(nn.Module):
         def forward(self, x):

@@ -170,7 +170,7 @@ def test_a_branch_that_finds_an_overflow_says_so(reversing):
     chain = make_chain(coupling=revcore.FixedPointCoupling)
     revcore.set_reversing(chain, reversing)
     for coupling in chain:
-        coupling.fraction_bits = coupling.grid = 52  # below 2, then
+        coupling.fraction_bits = 52  # below 2, then
     x = 1.999 * torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
     with pytest.raises(OverflowError, match="a stream reached inf"):
         chain(torch.cat((x, -x)))

@@ -104,6 +104,11 @@ def test_adapter_of_another_shape():
     coupling = revcore.AffineCoupling(f, g, adapter=revcore.sigmoid_adapter)
     with pytest.raises(ValueError, match=r"scale must have the shape of the stream, \(2, 4\)"):
         coupling(torch.zeros(2, 8))
+    coupling = revcore.AffineCoupling(f, g, adapter=lambda t: t.exp())
+    with pytest.raises(TypeError, match=r"must return a tuple of two tensors.*returned tensor"):
+        coupling(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"twice the size of a stream along split_dim=1, got.*3"):
+        revcore.sigmoid_adapter(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("through_a_view", [False, True])
@@ -214,6 +219,8 @@ def test_half_step_that_reads_what_it_changes():
     coupling = revcore.AdditiveCoupling(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="target=1 and source=1"):
         revcore.HalfStep(coupling, coupling.f, 1, 1)
+    with pytest.raises(TypeError, match=r"branch must be an nn\.Module, got function"):
+        revcore.HalfStep(coupling, lambda x: x, 1, 0)
 
 
 def test_only_modules_are_recomputed():

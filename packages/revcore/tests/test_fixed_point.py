@@ -173,6 +173,28 @@ def test_a_loss_of_streams_inside_has_the_same_bits_as_stored(streams, device):
     assert all(map(torch.equal, *found))
 
 
+class Readers(revcore.FixedPointCoupling):
+    """Reads a stream twice that it leaves as it is."""
+
+    streams = 3
+
+    def half_steps(self):
+        pairs = ((self.f, 0), (self.g, 1))
+        return [revcore.HalfStep(self, branch, target, source=2) for branch, target in pairs]
+
+
+def test_streams_that_are_read_alone_have_the_same_bits_as_stored(device):
+    for _ in range(5):
+        blocks = [Readers(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)]
+        chain = revcore.ReversibleSequential(*blocks).to(device)
+        x, found = torch.randn(7, 12, device=device, requires_grad=True), []
+        for reversing in (True, False):
+            revcore.set_reversing(chain, reversing)
+            loss = chain(x).sin().square().sum()
+            found.append(torch.autograd.grad(loss, [x, *chain.parameters()]))
+        assert all(map(torch.equal, *found))
+
+
 def test_gradients_are_those_of_the_additive_coupling(device):
     """Where rounding changes nothing: on inputs and branch outputs that are on the grid."""
     f, g = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
@@ -269,8 +291,17 @@ def test_an_input_may_be_too_large_if_the_sum_fits(device):
 
 def test_dtypes_without_a_grid_are_refused():
     chain = make_chain(lambda: nn.Linear(4, 4), 1)
-    with pytest.raises(TypeError, match=r"float32 or float64, got torch.bfloat16: call x.float()"):
+    with pytest.raises(TypeError, match=r"all float64, got torch.bfloat16: call x.float()"):
         chain(torch.randn(2, 8, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match=r"all float32 or all float64, got torch\.float64"):
+        chain(torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 4))
+
+
+def test_fraction_bits_that_are_set_later():
+    coupling = revcore.FixedPointCoupling(nn.Identity(), nn.Identity())
+    coupling.fraction_bits = 22
+    with pytest.raises(OverflowError, match=r"fraction_bits=22.*must stay below 4\."):
+        coupling(torch.full((2, 8), 3.0))
 
 
 @pytest.mark.parametrize("bits", [0, 53, -1, 16.5])

@@ -91,3 +91,46 @@ def test_asking_more_often_is_an_error() -> None:
     y = block(torch.randn(5, 6, requires_grad=True)).sum()
     with pytest.raises(RuntimeError, match=r"revcore\.remember more often"):
         y.backward()
+
+
+@pytest.mark.parametrize("reversing", [True, False])
+def test_no_gradient_of_what_was_there_before(reversing: bool) -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, gate = revcore.remember(lambda: (x, self.gate))
+            return x.tanh() * y * gate
+
+    block = revcore.ReversibleBlock(Gate(), nn.Identity()).double()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    revcore.set_reversing(block, reversing)(x).sum().backward()
+    b = x[:, 3:].detach()
+    of_branch = (1 - b.tanh().square()) * b * block.coupling.f.gate.detach()
+    torch.testing.assert_close(x.grad, torch.cat((2 + 0 * b, 1 + 2 * of_branch), 1))
+    assert all(parameter.grad is None for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("found", [torch.ones(3), None, (1.0,)])
+@pytest.mark.parametrize("reversing", [True, False])
+def test_what_is_no_tuple_of_tensors(found: Any, reversing: bool) -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * len(revcore.remember(lambda: found))
+
+    block = revcore.set_reversing(revcore.ReversibleBlock(Wrong()), reversing)
+    with pytest.raises(TypeError, match="must return a tuple of tensors"):
+        block(torch.randn(5, 6, requires_grad=True))
+
+
+def test_a_result_that_is_changed_in_place() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            (scale,) = revcore.remember(lambda: (x.abs().amax(0),))
+            return x * scale.mul_(2)
+
+    y = revcore.ReversibleBlock(Doubled())(torch.randn(5, 6, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"remember returned was changed in place"):
+        y.sum().backward()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import assert_same, gradients, loss_of, mlp
 from torch import nn
+from torch.nn.utils.prune import random_unstructured
 
 import revcore
 
@@ -176,6 +177,19 @@ def test_more_than_two_streams(count, device):
         chain(*x.chunk(count, 1)[1:])
 
 
+@pytest.mark.parametrize("reversing", [True, False])
+def test_streams_that_no_block_knows(reversing):
+    """As one may pass a mask, or the log-determinant that a flow gave."""
+    chain = revcore.ReversibleSequential(*(revcore.ReversibleBlock(mlp(4, 4)) for _ in range(2)))
+    revcore.set_reversing(chain, reversing)
+    a, b, mask = torch.randn(2, 4), torch.randn(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    for call in (chain, chain.inverse, chain[0], chain[0].coupling):
+        with pytest.raises(ValueError, match=r"reads or changes number 2.*pass what is no stream"):
+            call(a, b, mask)
+    mixed = revcore.ReversibleSequential(Rotation(12), *chain)
+    assert len(mixed(a, b, a)) == 3
+
+
 @pytest.mark.parametrize("scheme", ["additive", "affine"])
 def test_streams_of_unequal_sizes(scheme, device):
     blocks = [revcore.ReversibleBlock(mlp(2, 5), mlp(5, 2), scheme) for _ in range(3)]
@@ -279,3 +293,70 @@ def test_an_inverse_that_comes_to_its_state_in_another_order(module, device):
             assert any(kept) == (net is chain and (module is not ActNorm or step == 0))
         assert_same(*found)
         assert_same(chain.state_dict(), twin.state_dict())
+
+
+def double(_module, args, *output):
+    return 2 * (output or args)[0]
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("way", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_change_what_an_invertible_module_gets_or_gives(way, direction, device):
+    """Its inverse knows nothing of them."""
+    blocks = [revcore.ReversibleBlock(mlp(4, 4)), Stretch(), revcore.ReversibleBlock(mlp(4, 4))]
+    chain = revcore.ReversibleSequential(*blocks).to(device, torch.float64)
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    for net in (chain, twin):
+        getattr(net[1], way)(double)
+    x = torch.randn(3, 8, dtype=torch.float64, device=device)
+    found = []
+    for net in (chain, twin):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(gradients(getattr(net, direction), net, x))
+        assert any("has a hook" in str(each.message) for each in caught) == (net is chain)
+    assert_same(*found)
+
+
+class Mix(nn.Module):
+    """Solves with a weight that a hook computes in the forward pass."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.linear = wrap(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.linear(x)
+
+    def inverse(self, y):
+        return torch.linalg.solve(self.linear.weight, (y - self.linear.bias).T).T
+
+
+def prune(linear):
+    return random_unstructured(linear, "weight", 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, prune])
+def test_an_inverse_that_reads_what_a_hook_has_computed(wrap, device):
+    chain = revcore.ReversibleSequential(Mix(wrap)).to(device, torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64, device=device)
+    ours = gradients(chain, chain, x)
+    assert_same(ours, gradients(revcore.set_reversing(chain, False), chain, x))
+    revcore.set_reversing(chain, True)
+    with pytest.raises(RuntimeError, match=r"'weight_\w+' of Linear no gradient"):
+        chain.inverse(x)
+    with torch.no_grad():
+        torch.testing.assert_close(chain.inverse(chain(x)), x)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, :4], lambda x: x[:2]])
+def test_a_way_back_to_another_shape(change):
+    class Cut(nn.Identity):
+        def inverse(self, y):
+            return change(y)
+
+    chain = revcore.ReversibleSequential(Cut())
+    y = chain(torch.randn(3, 8, requires_grad=True))
+    with pytest.raises(ValueError, match=r"the way back through Cut gives shape .* given \(3, 8\)"):
+        y.sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ ScaleShift = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def exp_adapter(t: Tensor) -> tuple[Tensor, Tensor]:
     """Takes the exponential of the branch's output as scale, and the output itself as shift.
+
+    A scale that is rounded to zero cannot be undone, and gives gradients that are NaN: outputs must
+    stay above -100 in float32, -17 in float16. Those of `bounded_adapter` may be any.
 
     Args:
         t: Output of a branch, of the shape of a stream.
@@ -38,11 +42,19 @@ def sigmoid_adapter(t: Tensor, split_dim: int = 1) -> tuple[Tensor, Tensor]:
     Returns:
         Scale, in (0, 1), and shift, each of half the size of `t` along `split_dim`.
 
+    Raises:
+        ValueError: If that size is odd.
+
     Example:
         >>> scale, shift = sigmoid_adapter(torch.zeros(1, 4))
         >>> scale.shape, shift.shape
         (torch.Size([1, 2]), torch.Size([1, 2]))
     """
+    if t.shape[split_dim] % 2:
+        raise ValueError(
+            f"a branch's output must have twice the size of a stream along split_dim={split_dim}, "
+            f"got shape {tuple(t.shape)}"
+        )
     shift, log_odds = t.unflatten(split_dim, (-1, 2)).unbind(
         split_dim + 1 if split_dim >= 0 else split_dim
     )
@@ -139,11 +151,19 @@ class AffineCoupling(Coupling):
         return scale.abs().log().flatten(1).sum(1)
 
     def _scale_shift(self, a: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = self.adapter(t)
+        found: Any = self.adapter(t)
+        if not (isinstance(found, tuple) and [isinstance(x, Tensor) for x in found] == [True] * 2):
+            raise TypeError(
+                "the adapter must return a tuple of two tensors, scale and shift, but "
+                f"{self.adapter!r} returned {found!r:.80}"
+            )
+        scale, shift = found
         for name, tensor in (("scale", scale), ("shift", shift)):
             if tensor.shape != a.shape:
                 raise ValueError(
                     f"the adapter's {name} must have the shape of the stream, {tuple(a.shape)}; "
-                    f"it made {tuple(tensor.shape)} of a branch's output of {tuple(t.shape)}"
+                    f"it made {tuple(tensor.shape)} of a branch's output of {tuple(t.shape)}. An "
+                    "adapter splits along dimension 1 unless you bind another: "
+                    "functools.partial(revcore.sigmoid_adapter, split_dim=...)"
                 )
         return scale, shift

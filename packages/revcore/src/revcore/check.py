@@ -146,7 +146,7 @@ def _check(
     bits = [part.grid for part in block.modules() if isinstance(part, Coupling) and part.grid]
     if bits:
         x = tuple(to_grid(each, bits[0]) for each in x)  # which is what the inverse gives back
-    limit = tolerance or torch.finfo(x[0].dtype).eps ** 0.5
+    limit = torch.finfo(x[0].dtype).eps ** 0.5 if tolerance is None else tolerance
     errors = {"inverse_error": math.nan, "gradient_error": math.nan}
     try:
         problem = _find_problem(block, x, kwargs, limit, errors)

@@ -14,7 +14,8 @@ class Drift(NamedTuple):
 
     Attributes:
         name: Name of the branch in the module that was asked about.
-        error: Norm of the difference over the norm of the true stream; the larger of all streams.
+        error: Norm of the difference over the norm of the true stream, or over a thousandth of that
+            of the largest one if it is smaller; the largest of all streams.
     """
 
     name: str
@@ -52,11 +53,12 @@ class track_drift:  # noqa: N801 - used as a function: `with track_drift()`
 
     def compare(self, branch: nn.Module, streams: list[Tensor], truth: Sequence[Tensor]) -> None:
         """Notes how far streams are from what they were before a step; the engine calls it."""
-        errors = [
-            _norm(stream - true) / _norm(true).clamp_min(torch.finfo(torch.float64).tiny)
-            for stream, true in zip(streams, truth, strict=True)
-        ]
-        self._found.append((branch, torch.stack(errors).max()))
+        norms = torch.stack([*map(_norm, truth)])
+        # Of a stream of zeros, as momentum begins with, any error would be infinitely large.
+        norms = norms.clamp_min(1e-3 * norms.max()).clamp_min(torch.finfo(norms.dtype).tiny)
+        pairs = zip(streams, truth, strict=True)
+        errors = torch.stack([_norm(stream - true) for stream, true in pairs]) / norms
+        self._found.append((branch, errors.max()))
 
     def errors(self, module: nn.Module) -> list[Drift]:
         """Lists the error before each step, in the order of the backward pass.

@@ -50,6 +50,7 @@ class Call:
         branches: How many branches this call has come to.
         watch: Keeps the call on its grid.
         keeps: Whether to keep the streams as they stand before the next step.
+        used: Indices of the streams that steps read or change, where there are more than two.
         tip: The streams that a reversing call expects next, with their versions.
     """
 
@@ -64,10 +65,26 @@ class Call:
     branches: int = 0
     watch: GridWatch = field(default_factory=GridWatch)
     keeps: bool = False
+    used: set[int] = field(default_factory=set)
     tip: tuple[Streams, list[int]] = ((), [])
 
     def expect(self, streams: Streams) -> None:
         self.tip = streams, versions(streams)
+
+    def close(self, streams: Streams) -> Streams:
+        """Ends the call, and returns the streams.
+
+        Raises:
+            ValueError: If no step has to do with one of them.
+            OverflowError: If a value was too large for the grid.
+        """
+        idle = sorted({*range(len(streams))} - self.used) if self.used else []
+        if idle:
+            raise ValueError(
+                f"of {len(streams)} streams no block reads or changes number {idle[0]}, counted "
+                "from 0; pass what is no stream (a mask, a condition) by keyword"
+            )
+        return self.watch.close(streams)
 
     def check(self, streams: Streams) -> None:
         """Raises if these are not the streams that are expected."""
@@ -165,8 +182,9 @@ def _is_any_executed(ctx: Any, count: int) -> bool:
 def _warn_of_a_kept_input(step: Step) -> None:
     warnings.warn(
         f"{type(step.branch).__name__} draws random numbers or changes buffers, to which its "
-        "inverse may come in another order, so a reversible chain keeps its input: memory for "
-        "each such call. A Coupling, whose branches run as before, needs none.",
+        "inverse may come in another order, or has a hook, which its inverse knows nothing of, so "
+        "a reversible chain keeps its input: memory for each such call. A Coupling, whose branches "
+        "run as before, needs none.",
         stacklevel=2,
     )
 
@@ -182,7 +200,7 @@ def run(steps: Sequence[Step], streams: Streams, kwargs: Arguments) -> Streams:
     call = thread.call
     if call is None:
         call = Call()
-        return call.watch.close(run_in(call, steps, streams, kwargs))
+        return call.close(run_in(call, steps, streams, kwargs))
     if call.tape is None:
         return run_in(call, steps, streams, kwargs)
     call.check(streams)
@@ -193,6 +211,8 @@ def run(steps: Sequence[Step], streams: Streams, kwargs: Arguments) -> Streams:
 
 def run_in(call: Call, steps: Sequence[Step], streams: Streams, kwargs: Arguments) -> Streams:
     """Runs steps as a part of a call."""
+    if len(streams) > 2:
+        call.used.update(*(step.inputs + step.writes for step in steps))
     if call.measures:
         steps = [step.measured() for step in steps]
     streams = tuple(call.watch.enter(steps, streams))
@@ -208,10 +228,14 @@ def run_in(call: Call, steps: Sequence[Step], streams: Streams, kwargs: Argument
             if call.tape is not None:
                 _run_reversed(call, call.tape, part, current, kwargs)
                 continue
+            around = dict(enumerate(current))
             if call.watch.bits is not None and torch.is_grad_enabled():
                 # Here the gradients of uses in this part meet, as a node adds them up.
                 current[:] = [x.view_as(x) for x in current]
             _run_each(call, part, current, partial(_run_stored, kwargs))
+            # What a node does not change it does not give, either.
+            for index in around.keys() - {index for step in part for index in step.writes}:
+                current[index] = around[index]
     except IndexError:
         most = max(index for step in steps for index in (*step.inputs, *step.writes))
         if most < len(streams):

@@ -63,7 +63,12 @@ class FixedPointCoupling(AdditiveCoupling):
         super().__init__(f, g, split_dim)
         if fraction_bits not in range(1, 53):
             raise ValueError(f"fraction_bits (={fraction_bits}) must be an integer in 1..52")
-        self.fraction_bits = self.grid = fraction_bits
+        self.fraction_bits = fraction_bits
+
+    @property
+    def grid(self) -> int:  # type: ignore[override]
+        """Number of fractional bits of all values of the streams."""
+        return self.fraction_bits
 
     def half_steps(self) -> Sequence[HalfStep]:
         # A subclass may combine in another way.

@@ -73,7 +73,7 @@ class GridWatch:
             streams: All streams.
 
         Raises:
-            TypeError: If a stream has a dtype without a grid.
+            TypeError: If a stream has a dtype without a grid, or another one than the others.
             ValueError: If steps of several grids, or of one and of none, are in one chain.
         """
         for step in steps:
@@ -90,12 +90,13 @@ class GridWatch:
         return streams
 
     def _round(self, bits: int, streams: Sequence[Tensor]) -> list[Tensor]:
-        for stream in streams:
-            if stream.dtype not in _DIGITS:
-                raise TypeError(
-                    f"fixed-point streams must be float32 or float64, got {stream.dtype}: call "
-                    "x.float() before the chain. Its branches may run in any precision."
-                )
+        kinds = {stream.dtype: None for stream in streams}
+        if len(kinds) > 1 or not _DIGITS.keys() >= kinds.keys():
+            raise TypeError(
+                "fixed-point streams must be all float32 or all float64, got "
+                f"{', '.join(map(str, kinds))}: call x.float() before the chain. Its branches may "
+                "run in any precision."
+            )
         self._dtype, self._device = streams[0].dtype, streams[0].device
         # What comes in may be of any size: a sum that fits gives it back.
         return [to_grid(stream, bits) for stream in streams]

@@ -137,6 +137,7 @@ class HalfStep(Step):
         inverted: Whether this is the update (False) or the way back (True).
 
     Raises:
+        TypeError: If the branch is no module.
         ValueError: If target and source are the same stream, or not an index.
 
     Example:
@@ -154,6 +155,8 @@ class HalfStep(Step):
                 "a half-step must read another stream than the one that it changes, both counted "
                 f"from 0, got target={target} and source={source}"
             )
+        if not isinstance(branch, nn.Module):
+            raise TypeError(f"branch must be an nn.Module, got {type(branch).__name__}")
         self.scheme = scheme
         self.branch = self.call = branch
         self.target, self.source = target, source

@@ -34,6 +34,7 @@ class InvertibleStep(Step):
 
     repeats = False
     _dtype: torch.dtype | None = None
+    _shape: torch.Size
 
     def __init__(
         self, module: nn.Module, count: int, split_dim: int, *, inverted: bool = False
@@ -85,7 +86,10 @@ class InvertibleStep(Step):
     def apply(self, run: Callable[[Tensor], Tensor], streams: list[Tensor]) -> None:
         # Behind the streams are log-determinants of other steps.
         count, dim = len(self.inputs), self.split_dim
-        x = run(self._join(streams[:count]))
+        x = self._join(streams[:count])
+        if not torch.compiler.is_compiling():
+            self._shape = x.shape
+        x = run(x)
         if self.measures:
             x, channel = x.split((x.shape[dim] - 1, 1), dim)
             x = x.to(self._dtype or streams[0].dtype)
@@ -93,7 +97,13 @@ class InvertibleStep(Step):
         streams[:count] = self._split(x, streams[:count])
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
-        streams[:] = self._split(again.repeat(self._join(streams), self._back), streams)
+        x = again.repeat(self._join(streams), self._back)
+        if not torch.compiler.is_compiling() and x.shape != self._shape:
+            raise ValueError(
+                f"the way back through {type(self.branch).__name__} gives shape {tuple(x.shape)}, "
+                f"but what it undoes was given {tuple(self._shape)}"
+            )
+        streams[:] = self._split(x, streams)
 
     def rebuild(self, again: Again, streams: list[Tensor], kept: Streams | None) -> Differentiate:
         # Not the streams, which would stay alive.
@@ -131,7 +141,7 @@ class InvertibleStep(Step):
             return (lasting(dense(x)),)
         sizes = [stream.shape[self.split_dim] for stream in like]
         before, after = sum(sizes), x.shape[self.split_dim]
-        if any(size * after % before for size in sizes):
+        if before == 0 or any(size * after % before for size in sizes):
             raise ValueError(
                 f"{type(self.branch).__name__} made size {after} of size {before} along "
                 f"split_dim={self.split_dim}, which cannot be split like the streams, of sizes "

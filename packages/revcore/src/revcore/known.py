@@ -64,7 +64,7 @@ def self_contained(module: M) -> M:
         The same class.
 
     Raises:
-        TypeError: If `module` is no class.
+        TypeError: If `module` is no class of modules.
 
     Example:
         >>> @self_contained
@@ -72,10 +72,9 @@ def self_contained(module: M) -> M:
         ...     def forward(self, x):
         ...         return x * x
     """
-    if not isinstance(module, type):
-        raise TypeError(
-            f"module must be a class, got an object of {type(module).__name__}; decorate its class"
-        )
+    kind: Any = module
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"module must be a class of modules, got {module!r:.80}; decorate a class")
     _contained[module] = _code_of(module)
     return module
 

@@ -65,6 +65,7 @@ def run_parts(
         call.keeps |= part.kept
         if part.steps is None:
             streams = call_part(part, streams, kwargs, inverted=inverted)
+            call.used.update(range(len(streams)))
         else:
             steps += part.steps
         if steps and not shares:

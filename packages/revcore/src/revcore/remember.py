@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from revcore.randomness import NO_STATES, States, get_states, set_states
 from revcore.streams import alone
+from revcore.versions import versions
 
 Tensors = tuple[Tensor, ...]
 
 _OTHER_CALLS = (
     "a reversible branch calls revcore.remember {} often when it is repeated than in its first "
     "run, so it is not the same computation"
+)
+_CHANGED = (
+    "what revcore.remember returned was changed in place, so the branch cannot be repeated; change "
+    "a copy, result.clone()"
 )
 
 
@@ -34,7 +40,7 @@ class Memory:
     position = 0
     outer: Memory | None = None
     draws: Sequence[torch.device] | None = None
-    _results: tuple[tuple[Tensors, States], ...] = ()
+    _results: tuple[tuple[Tensors, list[int], States], ...] = ()
 
     def ask(self, compute: Callable[[], Tensors]) -> Tensors:
         """Returns the next result, with the random generators as computing it has left them."""
@@ -42,18 +48,21 @@ class Memory:
             self._results += (self._compute(compute),)
         elif self.position == len(self._results):
             raise RuntimeError(_OTHER_CALLS.format("more"))
-        result, states = self._results[self.position]
+        result, counts, states = self._results[self.position]
         if self.again:
+            if versions(result) != counts:
+                raise RuntimeError(_CHANGED)
             set_states(states)
         self.position += 1
         return result
 
-    def _compute(self, compute: Callable[[], Tensors]) -> tuple[Tensors, States]:
+    def _compute(self, compute: Callable[[], Tensors]) -> tuple[Tensors, list[int], States]:
         before = NO_STATES if self.draws is None else get_states(self.draws)
         # The branch may be part of another one, which is being repeated.
         result = tuple(map(alone, _ask(self.outer, compute)))
         after = NO_STATES if self.draws is None else get_states(self.draws)
-        return result, [b for a, b in zip(before, after, strict=True) if a is not b]
+        moved = [b for a, b in zip(before, after, strict=True) if a is not b]
+        return result, versions(result), moved
 
     def close(self) -> None:
         """Ends a run, which has asked as often as the one before it."""
@@ -76,7 +85,15 @@ def is_lending() -> bool:
 
 
 def _ask(memory: Memory | None, compute: Callable[[], Tensors]) -> Tensors:
-    return compute() if memory is None else memory.ask(compute)
+    if memory is not None:
+        return memory.ask(compute)
+    result: Any = compute()
+    if not (isinstance(result, tuple) and all(isinstance(each, Tensor) for each in result)):
+        raise TypeError(
+            f"compute must return a tuple of tensors, got {result!r:.80}; for a single one return "
+            "(tensor,)"
+        )
+    return result
 
 
 def remember(compute: Callable[[], Tensors]) -> Tensors:
@@ -96,7 +113,9 @@ def remember(compute: Callable[[], Tensors]) -> Tensors:
         What `compute` returns, now or in the first run.
 
     Raises:
-        RuntimeError: If the second run asks more or less often than the first one did.
+        TypeError: If `compute` returns anything else.
+        RuntimeError: If the second run asks more or less often than the first one did, or what was
+            returned has been changed in place.
 
     Example:
         >>> import torch
@@ -106,4 +125,6 @@ def remember(compute: Callable[[], Tensors]) -> Tensors:
         torch.Size([3])
     """
     with torch.no_grad():
-        return _ask(None if torch.compiler.is_compiling() else thread.memory, compute)
+        found = _ask(None if torch.compiler.is_compiling() else thread.memory, compute)
+        # It may have been there before, with a graph.
+        return tuple([each.detach() for each in found])

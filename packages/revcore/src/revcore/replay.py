@@ -30,7 +30,7 @@ from revcore.randomness import NO_STATES, RefuseRandomness, draw_again, get_stat
 from revcore.remember import Memory
 from revcore.running import run_branch
 from revcore.seen import Seen
-from revcore.snapshot import Change, Snapshot, fill, left_by
+from revcore.snapshot import Change, Snapshot, fill, left_by, source_of
 from revcore.step import Pullback, Step
 from revcore.survey import Survey, needs_of
 from revcore.turns import TURN
@@ -88,6 +88,21 @@ def _saving_nothing_elsewhere() -> AbstractContextManager[None]:
 
 def _itself(x: Tensor) -> Tensor:
     return x
+
+
+def _refuse_computed(modules: Sequence[Any]) -> None:
+    """Raises if an inverse may read what hooks compute in the forward pass, without a graph."""
+    for module in modules:
+        for name, value in vars(module).items():
+            source = source_of(module, name) if isinstance(value, Tensor) else None
+            if source is not None and module._parameters[source].requires_grad:
+                raise RuntimeError(
+                    f"the inverse of a reversible chain would give {source!r} of "
+                    f"{type(module).__name__} no gradient: {name!r} is computed from it in the "
+                    "forward pass alone, by a hook of torch.nn.utils (weight_norm, prune). Use "
+                    "torch.nn.utils.parametrizations, or store the activations: "
+                    "revcore.set_reversing(model, False)."
+                )
 
 
 class Replay(Memory):
@@ -169,6 +184,8 @@ class Replay(Memory):
             )
         if survey.cudnn_draws and x.is_cuda and torch.backends.cudnn.enabled:
             raise RuntimeError(_CUDNN_DRAWS.format(survey.name))
+        if self.step.inverted and not self.step.repeats:
+            _refuse_computed(survey.modules)
         with TURN, no_autocast_cache() if self._autocast else _AS_IT_IS:
             # Another branch of the node may have changed something of a module that they share.
             if self.seen.ran and not survey.snapshot.holds():
@@ -208,11 +225,14 @@ class Replay(Memory):
         """Notes how the first run has left the modules, for an inverse that may have to know.
 
         Returns:
-            Whether it has drawn random numbers or changed buffers; waits for the device to say so.
+            Whether it has drawn random numbers or changed buffers, for which it waits for the
+            device, or had hooks, which may have changed its input or output.
         """
         self._end = Snapshot(self._survey.modules)
+        module = self._survey.modules[0]
         return (
-            any(a is not b for a, b in zip(self._before, self._after, strict=False))
+            bool(module._forward_hooks or module._forward_pre_hooks)
+            or any(a is not b for a, b in zip(self._before, self._after, strict=False))
             or any(copy.has_moved() for copy in self._copies)
             or self._survey.snapshot.buffers_are_others()
         )

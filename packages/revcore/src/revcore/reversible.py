@@ -146,7 +146,7 @@ class Reversible(nn.Module):
             outputs = self._run(call, streams, kwargs, inverted=inverted)
             if tape is not None:
                 call.check(outputs)
-            outputs = call.watch.close(outputs)
+            outputs = call.close(outputs)
         finally:
             thread.call = None
         y = join(x, outputs, self.split_dim)

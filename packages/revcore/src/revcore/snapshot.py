@@ -54,6 +54,15 @@ def held_by(module: nn.Module) -> tuple[list[Any], list[Any]]:
     return values, containers
 
 
+def source_of(module: nn.Module, name: str) -> str | None:
+    """Names the parameter from which a hook computes an attribute before each forward pass.
+
+    So do torch.nn.utils.weight_norm and prune, and spectral_norm as it was.
+    """
+    names = (f"{name}{end}" for end in ("_orig", "_g", "_v"))
+    return next((each for each in names if each in module._parameters), None)
+
+
 class Snapshot:
     """The attributes, parameters, buffers, hooks and modules of some modules, as they are now.
 
@@ -210,8 +219,7 @@ class Snapshot:
             if isinstance(value, Tensor)
             and value.grad_fn is not None
             and held.get(name) is not value
-            # A weight that is computed from a weight_orig or weight_g beside it is none.
-            and not any(f"{name}{end}" in module._parameters for end in ("_orig", "_g", "_v"))
+            and not source_of(module, name)
         ]
 
 

@@ -51,6 +51,7 @@ class Step(ABC):
             writes a value that is too large. Whoever applies the step sets it.
         looked: Whether the step has looked for such values.
         measures: Whether the step gives its log-determinant, too.
+        inverted: Whether this is the way back.
         repeats: Whether undoing the step runs the branch as applying it did.
         self_contained: Whether its own arithmetic is known to use its arguments alone.
     """
@@ -63,6 +64,7 @@ class Step(ABC):
     place: Callable[[], Tensor] | None = None
     looked = False
     measures = False
+    inverted = False
     repeats = True
     self_contained = False
 
