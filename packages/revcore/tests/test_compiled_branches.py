@@ -71,3 +71,25 @@ def test_random_numbers_in_a_cuda_graph_are_refused(mode, in_place, device):
             chain(x)
         branch.eval()
     chain(x).sum().backward()
+
+
+class Deciding(nn.Linear):
+    """Decides by what rounding turns over, once."""
+
+    def forward(self, x):
+        (mask,) = revcore.remember(lambda: ((x * 1e15).sin() > 0,))
+        return super().forward(x) * mask
+
+
+def test_what_a_compiled_branch_remembers(device):
+    torch.manual_seed(0)
+    blocks = [revcore.ReversibleBlock(Deciding(4, 4)) for _ in range(4)]
+    chain = revcore.ReversibleSequential(*blocks).double().to(device)
+    x = torch.randn(16, 8, dtype=torch.float64, device=device, requires_grad=True)
+    leaves, found = [x, *chain.parameters()], []
+    for compiles in (False, True):
+        for block in blocks if compiles else ():
+            block.coupling.f.compile(backend="aot_eager")
+            block.coupling.g.compile(backend="aot_eager")
+        found.append(torch.autograd.grad(chain(x).sin().sum(), leaves))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

@@ -1,6 +1,7 @@
 """What a compiled chain refuses, or leaves to the eager engine where graph breaks are allowed."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -79,6 +80,43 @@ class Averaging(nn.Module):
         return self.linear(x) / self.mean
 
 
+class Uncounted(nn.Module):
+    """Changes a buffer in a way that torch does not count, or not on tensors without data."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+        self.register_buffer("mean", torch.ones(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        h = self.linear(x)
+        if self.how == "data":
+            self.mean.data.mul_(0.9).add_(0.1 * x.detach().abs().mean(0))
+        elif self.how == "foreach":
+            torch._foreach_mul_([self.mean], 0.9)
+        else:
+            h = nn.functional.batch_norm(h, self.mean, self.var, training=True)
+        return (h * (1 + self.mean.clone())).tanh()
+
+
+class ReadsStatistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (self.linear(self.norm(x)) * (1 + self.norm.running_mean)).tanh()
+
+
+class Remembers(nn.Linear):
+    """Decides by what rounding turns over."""
+
+    def forward(self, x):
+        (mask,) = revcore.remember(lambda: ((x * 1e15).sin() > 0,))
+        return super().forward(x) * mask
+
+
 class Deciding(nn.Module):
     """Looks at its data."""
 
@@ -96,10 +134,18 @@ class Deciding(nn.Module):
         (lambda: Averaging(in_place=True), "changes its buffer 'mean'"),
         (lambda: Averaging(in_place=False), "changes its buffer 'mean'"),
         (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), "changes its buffer"),
-        (Deciding, "cannot be run without data"),
+        (Deciding, "looks at its data"),
+        (lambda: Uncounted("data"), "changes its buffer 'mean'"),
+        (lambda: Uncounted("foreach"), "changes its buffer 'mean'"),
+        (lambda: Uncounted("batch_norm"), "changes its buffer 'mean'"),
+        (ReadsStatistics, "reads statistics that its batch norm changes"),
+        (lambda: Remembers(4, 4), "calls revcore.remember"),
         (inner_chain, "a chain inside of a branch"),
     ],
-    ids=["in place", "rebound", "spectral norm", "data", "chain"],
+    ids=[
+        *("in place", "rebound", "spectral norm", "data", ".data", "foreach", "F.batch_norm"),
+        *("statistics", "remember", "chain"),
+    ],
 )
 def test_what_is_refused_is_left_to_the_eager_engine(branch, message):
     chain = revcore.ReversibleSequential(revcore.ReversibleBlock(branch())).double()
@@ -216,3 +262,107 @@ def test_a_backward_pass_that_is_compiled(device):
         {name: value for name, value in ours.items() if not name.startswith("buffer")},
         {name: value for name, value in plain.items() if not name.startswith("buffer")},
     )
+
+
+TABLES = {}
+
+
+def table(size):
+    if size not in TABLES:
+        TABLES[size] = torch.arange(size).sin()[:, None]
+    return TABLES[size]
+
+
+def test_a_table_that_a_branch_caches():
+    """What is tried out while it is traced must leave nothing but true tensors behind."""
+
+    class Tabled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * table(len(x))
+
+    TABLES.clear()
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Tabled(4, 4))).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    ours = gradients(compiled(chain), chain, x)
+    assert type(TABLES[5]) is torch.Tensor
+    assert_same(ours, gradients(revcore.set_reversing(chain, False), chain, x))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_parametrizations_that_are_cached(inside):
+    def make():
+        torch.manual_seed(0)
+        branch = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        return revcore.ReversibleSequential(revcore.ReversibleBlock(branch, nn.Identity())).double()
+
+    def cached(function):
+        def run(x):
+            with nn.utils.parametrize.cached():
+                return function(x)
+
+        return run
+
+    x = torch.randn(5, 8, dtype=torch.float64)
+    found = []
+    for fullgraph in (True, False):
+        chain = make()
+        function = compiled(cached(chain) if inside else chain, fullgraph=fullgraph)
+        function = function if inside else cached(function)
+        if fullgraph:
+            with pytest.raises(Exception, match=r"cannot be in parametrize\.cached"):
+                function(x)
+        else:
+            found = gradients(function, chain, x)
+        torch.compiler.reset()
+    chain = revcore.set_reversing(make(), False)
+    assert_same(found, gradients(cached(chain), chain, x))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.11 does not tell of such hooks")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_hooks_on_saved_tensors_around_what_is_not_traced_yet(fullgraph):
+    case = make_case("additive", "mlp")
+    function, x = compiled(case.chain, fullgraph=fullgraph), case.x.requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        if fullgraph:
+            with pytest.raises(Exception, match=r"under hooks on saved tensors.*call it once"):
+                function(x)
+        else:
+            torch.testing.assert_close(function(x), case.chain(x))
+    function(x)
+    with torch.autograd.graph.save_on_cpu():  # nothing has forbidden them
+        torch.testing.assert_close(function(x), case.chain(x))
+
+
+@dataclass
+class Config:
+    scale: float = 2.0
+
+
+class Configured(nn.Linear):
+    def forward(self, x, config=None, numbers=None):
+        scale = numbers[0]["scale"] if config is None else config.scale
+        return super().forward(x) * scale
+
+
+def test_objects_as_arguments():
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Configured(4, 4))).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    plain = gradients(lambda x: chain(x, config=Config()), chain, x)
+    with pytest.raises(Exception, match=r"no object of Config; pass what it holds"):
+        compiled(chain)(x.clone().requires_grad_(), config=Config())
+    torch.compiler.reset()
+    function = compiled(chain, fullgraph=False)
+    assert_same(gradients(lambda x: function(x, config=Config()), chain, x), plain)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch 2.11 does not see it as a constant")
+def test_nested_numbers_that_change():
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(Configured(4, 4))).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    function = compiled(chain)
+    for scale in (2.0, 3.0, 4.0):
+        numbers = [{"scale": scale}]
+        ours = gradients(lambda x, given=numbers: function(x, numbers=given), chain, x)
+        plain = gradients(lambda x, given=numbers: chain(x, numbers=given), chain, x)
+        assert_same(ours, plain)

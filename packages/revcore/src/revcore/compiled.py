@@ -11,23 +11,27 @@ reaches the user; without, torch falls back to the eager engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_leaves
 
 from revcore.adding import AddingStep
 from revcore.arguments import Arguments, takes_gradient
 from revcore.autocast import Autocast, autocast_now
+from revcore.buffers import Copy, copy_all
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.half_step import HalfStep
 from revcore.known import BATCH_NORMS
-from revcore.randomness import RandomnessError, RefuseRandomness
+from revcore.randomness import RandomnessError, RefuseRandomness, argument_of
+from revcore.remember import Memory, thread
 from revcore.snapshot import Snapshot
 from revcore.step import Pullback, Step
 from revcore.streams import Streams
@@ -41,6 +45,7 @@ RANDOM = (
     + WAYS
 )
 
+_OF_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 # A step, the names of its branch's parameters, and those of the buffers that a second run must find
 # as the first one found them.
@@ -207,7 +212,7 @@ class _Again(NamedTuple):
 def find_fault(
     steps: Sequence[Step], kinds: Sequence[Kind], names: Sequence[str], constants: Mapping[str, Any]
 ) -> str:
-    """Runs steps on tensors without data, to see whether they can be repeated.
+    """Runs steps on made-up data, to see whether they can be repeated.
 
     Args:
         steps: What to run.
@@ -216,7 +221,7 @@ def find_fault(
         constants: The other arguments.
 
     Returns:
-        What is wrong: a branch draws random numbers, changes buffers or needs data to run, or a
+        What is wrong: a branch draws random numbers, changes buffers or looks at its data, or a
         tensor would get no gradient. Else nothing.
     """
     modules = list(dict.fromkeys(module for step in steps for module in step.branch.modules()))
@@ -235,57 +240,122 @@ def find_fault(
 def _find_fault(
     steps: Sequence[Step], kinds: Sequence[Kind], names: Sequence[str], constants: Mapping[str, Any]
 ) -> str:
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.enable_grad(),
-        RefuseRandomness(RANDOM),
-        torch.autograd.graph.disable_saved_tensors_hooks("they cannot be compiled in a branch"),
-    ):
-        tensors = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in kinds]
-        count = len(tensors) - len(names)
-        streams = tensors[:count]
-        autocast = autocast_now(("cpu", streams[0].device.type))
-        kwargs = {**constants, **dict(zip(names, tensors[count:], strict=True))}
-        known = [parameter for step in steps for parameter in step.branch.parameters()]
-        try:
-            for step in steps:
+    tensors = [_make_up(*kind) for kind in kinds]
+    count = len(tensors) - len(names)
+    streams = tensors[:count]
+    kwargs = {**constants, **dict(zip(names, tensors[count:], strict=True))}
+    autocast = autocast_now(("cpu", streams[0].device.type))
+    known = [parameter for step in steps for parameter in step.branch.parameters()]
+    try:
+        for step in steps:
+            streams = [x.detach().requires_grad_(takes_gradient(x)) for x in streams]
+            probe, before = _Probe(step, kwargs, autocast), list(streams)
+            probe.watch = _Watch()
+            with _compiling(), torch.enable_grad(), probe.watch:
                 # A compiled branch adds to no stream by itself.
                 apply: Any = HalfStep.apply if type(step) is AddingStep else type(step).apply
-                apply(step, _Probe(step, kwargs, autocast).run, streams)
+                apply(step, probe.run, streams)
+            probe.refuse_changes()
             for stream in streams:
                 if stream.requires_grad:
-                    refuse_foreign_leaves(stream, known, "a branch or a coupling")
-        except RandomnessError:
-            return RANDOM
-        except (ForeignLeafError, _ChangedBufferError) as error:
-            return str(error)
-        except Exception as error:  # noqa: BLE001 - of the user's code
-            return f"a branch cannot be run without data: {type(error).__name__}: {error}. {WAYS}"
+                    refuse_foreign_leaves(stream, known + before, "a branch or a coupling")
+    except RandomnessError:
+        return RANDOM
+    except (ForeignLeafError, _UnrepeatableError) as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - of the user's code
+        return f"a branch cannot be tried out: {type(error).__name__}: {error}. {WAYS}"
     return ""
 
 
-class _ChangedBufferError(RuntimeError):
-    """A branch changes a buffer, of which there would be no copy from before."""
+def _make_up(shape: list[int], dtype: torch.dtype, device: str) -> Tensor:
+    """Creates a tensor for branches to be tried on, which are refused if they look at its data."""
+    x = torch.ones(shape, dtype=dtype, device=device)
+    if not takes_gradient(x):
+        return x if dtype == torch.bool else x.zero_()  # what is no mask may be an index
+    # A generator of our own, and of no kind of device that has none.
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return x.copy_(random)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Lets branches do what they do while they are traced, and none but that."""
+    compiler: Any = torch.compiler
+    outer, compiler._is_compiling_flag = compiler._is_compiling_flag, True
+    outer_memory, thread.memory = thread.memory, _NoMemory()
+    try:
+        with disable_saved_tensors_hooks("they cannot be compiled in a branch"):
+            yield
+    finally:
+        compiler._is_compiling_flag, thread.memory = outer, outer_memory
+
+
+class _UnrepeatableError(RuntimeError):
+    """A branch does what a compiled chain cannot repeat."""
+
+
+class _NoMemory(Memory):
+    def ask(self, compute: Callable[[], Any]) -> Any:
+        raise _UnrepeatableError(
+            f"a branch calls revcore.remember, of which a compiled chain remembers nothing. {WAYS}"
+        )
+
+
+class _Watch(RefuseRandomness):
+    """Raises on what no compiled chain can repeat.
+
+    Attributes:
+        statistics: The `id` of buffers that a second run does not find as they were.
+    """
+
+    statistics: frozenset[int] = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__(RANDOM)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _OF_DATA.intersection(func.tags):
+            raise _UnrepeatableError(f"a branch looks at its data ({func}). {WAYS}")
+        # What batch norms do with theirs.
+        usual = func is torch.ops.aten.add_.Tensor or (
+            "batch_norm" in str(func) and argument_of(func, "training", args, kwargs) is not False
+        )
+        if not usual and not self.statistics.isdisjoint(map(id, tree_leaves((args, kwargs)))):
+            raise _UnrepeatableError(
+                "a branch reads statistics that its batch norm changes, which a compiled chain "
+                f"cannot repeat. {WAYS}"
+            )
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Probe(_Again):
-    """Raises if a run changes a buffer: the copies of a graph may be made after the change."""
+    """Notes what a run does to buffers: the copies of a graph may be made after the change."""
+
+    watch: _Watch
+    found: Sequence[tuple[str, Copy, Tensor | None]] = ()
 
     def compute(self, function: Callable[..., Any], /, *arguments: Any, **kwargs: Any) -> Any:
         branch = self.step.branch
-        before = {name: branch.get_buffer(name) for name in _repeated_buffers(branch)}
-        versions = [buffer._version for buffer in before.values()]
+        # Counters are changed by normalizations, too, which do not read them.
+        names = [n for n in _repeated_buffers(branch) if not n.endswith("num_batches_tracked")]
+        pairs = [(branch.get_buffer(name), None) for name in names]
+        others = [buffer for name, buffer in branch.named_buffers() if name not in names]
+        copies = copy_all(pairs)
+        self.watch.statistics = frozenset(map(id, others))
         result = super().compute(function, *arguments, **kwargs)
+        self.watch.statistics = frozenset()  # others get their addresses
         now = dict(branch.named_buffers())
-        for (name, buffer), version in zip(before.items(), versions, strict=True):
-            counts = name.endswith("num_batches_tracked")  # which no normalization reads
-            if not counts and (now.get(name) is not buffer or buffer._version != version):
-                kind = type(branch).__name__
-                raise _ChangedBufferError(
-                    f"branch {kind} changes its buffer {name!r}, which a compiled chain cannot "
-                    f"repeat. {WAYS}"
-                )
+        self.found = [(name, copy, now.get(name)) for name, copy in zip(names, copies, strict=True)]
         return result
+
+    def refuse_changes(self) -> None:
+        for name, copy, buffer in self.found:
+            if buffer is not copy.buffer or copy.has_moved():
+                raise _UnrepeatableError(
+                    f"branch {type(self.step.branch).__name__} changes its buffer {name!r}, which "
+                    f"a compiled chain cannot repeat. {WAYS}"
+                )
 
 
 def _repeated_buffers(branch: nn.Module) -> list[str]:

@@ -102,17 +102,20 @@ class RefuseRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and _dropout_p(func, args, kwargs) != 0:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            # Of an attention, which may draw none.
+            if argument_of(func, "dropout_p", args, kwargs) == 0:
+                return func(*args, **kwargs)
             raise RandomnessError(f"{func}: {self._message}")
         return func(*args, **kwargs)
 
 
-def _dropout_p(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
-    """Returns an attention's probability of dropout; None for operations of other kinds."""
+def argument_of(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    """Returns an argument of an operation of torch; None if it has none of this name."""
     for position, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
+        if argument.name == name:
             given = args[position] if position < len(args) else argument.default_value
-            return float(kwargs.get("dropout_p", given))
+            return (kwargs or {}).get(name, given)
     return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from revcore.randomness import NO_STATES, States, get_states, set_states
 from revcore.streams import alone
@@ -102,7 +103,7 @@ def remember(compute: Callable[[], Tensors]) -> Tensors:
     A reversible branch runs in the forward pass and again in the backward pass. What is expensive
     to compute and small to keep, like the statistics of a batch normalization, need not be computed
     twice: in the second run this returns what the first one got. Outside of a reversible chain, and
-    where activations are stored, it only calls `compute`.
+    where activations are stored, it only calls `compute`. `torch.compile` breaks its graph here.
 
     Args:
         compute: Returns a tuple of tensors. They stay in memory until the backward pass, nothing
@@ -124,7 +125,17 @@ def remember(compute: Callable[[], Tensors]) -> Tensors:
         >>> mean.shape
         torch.Size([3])
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _untraced(compute)
+    return _remember(compute)
+
+
+def _remember(compute: Callable[[], Tensors]) -> Tensors:
     with torch.no_grad():
-        found = _ask(None if torch.compiler.is_compiling() else thread.memory, compute)
+        found = _ask(thread.memory, compute)
         # It may have been there before, with a graph.
         return tuple([each.detach() for each in found])
+
+
+# Dynamo would compute in both runs.
+_untraced = _disable_dynamo(_remember)

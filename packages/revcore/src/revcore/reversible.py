@@ -5,13 +5,18 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
-from revcore.arguments import Arguments, tensors_of
+from revcore.arguments import Arguments, tensors_of, values_of
 from revcore.compiled import WAYS, Kind, find_fault, run_compiled, run_stored
 from revcore.engine import Call, can_reverse, thread
 from revcore.grid import GridWatch
@@ -38,6 +43,20 @@ def _can_reverse_compiled() -> bool:
     """Tells whether a node of our own can be traced: not for export, nor inside of a transform."""
     exporting = getattr(torch.compiler, "is_exporting", bool)()
     return not exporting and torch._C._functorch.peek_interpreter_stack() is None
+
+
+@_constant
+def _are_saved_tensors_hooked() -> bool:
+    # Older releases of torch do not tell.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
+
+
+# What Dynamo can pass to Python.
+_CONSTANTS = (
+    *(int, float, complex, bool, str, bytes, slice, Enum, partial, FunctionType, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 
 
 class Reversible(nn.Module):
@@ -187,6 +206,14 @@ class Reversible(nn.Module):
         return watch.close(streams)
 
     def _reversed(self, streams: Streams, kwargs: Arguments, *, inverted: bool) -> Streams:
+        if parametrize._cache_enabled:
+            raise RuntimeError(f"a compiled chain cannot be in parametrize.cached(). {WAYS}")
+        if _are_saved_tensors_hooked():
+            raise RuntimeError(
+                "a chain cannot be compiled under hooks on saved tensors (torch.utils.checkpoint, "
+                "save_on_cpu): call it once outside of them before, or compile what calls them. "
+                + WAYS
+            )
         steps, kept = self._plan(len(streams), inverted=inverted)
         given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
         if len(tensors_of(kwargs)) > len(given):
@@ -195,7 +222,14 @@ class Reversible(nn.Module):
                 "dicts; pass each by a keyword of its own"
             )
         if not self._is_known():
-            constants = {k: _as_constant(v) for k, v in kwargs.items() if k not in given}
+            others = {k: v for k, v in kwargs.items() if k not in given}
+            for value in values_of(others):
+                if not isinstance(value, _CONSTANTS):
+                    raise RuntimeError(
+                        f"a compiled chain takes tensors, numbers and the like as arguments, but "
+                        f"no object of {type(value).__name__}; pass what it holds. {WAYS}"
+                    )
+            constants = {k: tree_map(_as_constant, v) for k, v in others.items()}
             kinds = [
                 ([_as_constant(size) for size in tensor.shape], tensor.dtype, str(tensor.device))
                 for tensor in (*streams, *given.values())
