@@ -420,6 +420,33 @@ def test_floating_point_operations_can_be_counted(device):
     assert counts[0] / counts[1] == pytest.approx(4 / 3)
 
 
+class Query(nn.Module):
+    """Calls a module with a leaf, as one with a learned query does."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.linear = nn.Parameter(torch.randn(4, 4)), linear()
+
+    def forward(self, x, c):
+        return x.tanh() * self.linear(self.query) * self.linear(c)
+
+
+def test_floating_point_operations_of_leaves_can_be_counted(device):
+    blocks = [revcore.ReversibleBlock(Query()) for _ in range(2)]
+    chain = revcore.ReversibleSequential(*blocks).to(device)
+    x, c = torch.randn(4, 8, device=device), torch.randn(4, 4, device=device, requires_grad=True)
+    counts, found = [], []
+    for reversing in (True, False):
+        revcore.set_reversing(chain, reversing).zero_grad()
+        c.grad = None
+        with FlopCounterMode(display=False) as counter:
+            chain(x, c=c).square().sum().backward()
+        found.append([c.grad, *(p.grad.clone() for p in chain.parameters())])
+        counts.append(counter.get_total_flops())
+    torch.testing.assert_close(*found)
+    assert counts[0] / counts[1] == pytest.approx(4 / 3)
+
+
 class Auxiliary(nn.Linear):
     """Leaves a result where the caller finds it, as routers leave the loss that balances them."""
 
@@ -454,3 +481,46 @@ def test_traced_branches(device):
         return {name: p.grad.clone() for name, p in chain.named_parameters()}
 
     assert_same(*both_modes(chain, step))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_frozen_script_modules_in_branches():
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear()
+            # Its weights become constants.
+            frozen = torch.jit.script(nn.Sequential(linear()).double().eval())
+            self.frozen = torch.jit.freeze(frozen)
+
+        def forward(self, x):
+            return self.linear(x) + self.frozen(x)
+
+    block = revcore.ReversibleBlock(Features(), Features()).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    ours, plain = both_modes(block, lambda net: gradients(net, net, x))
+    assert_same(ours, plain)
+
+
+class Contractive(nn.Linear):
+    """Divides by the norm of its Jacobian, which it takes in forward mode."""
+
+    def forward(self, x):
+        function, at = super().forward, x.detach().mean(0)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v: function(v).tanh(), at, vectorize=True, strategy="forward-mode"
+        )
+        return function(x).tanh() / (1 + jacobian.norm())
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_derivatives_in_forward_mode_inside_of_a_branch(recomputes, device):
+    if recomputes:
+        module = Contractive(4, 4).double().to(device)
+        x = torch.randn(3, 4, dtype=torch.float64, device=device)
+        ours = gradients(lambda x: revcore.recompute(module, x), module, x)
+        assert_same(ours, gradients(module, module, x))
+        return
+    chain = chain_of(lambda: Contractive(4, 4), device=device)
+    x = torch.randn(3, 8, dtype=torch.float64, device=device)
+    assert_same(*both_modes(chain, lambda net: gradients(net, net, x)))

@@ -119,6 +119,8 @@ class _StepsNode(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, records: list[Replay], changed: list[int], count: int, *inputs: Tensor
     ) -> Streams:
+        # The second run may take such derivatives, too.
+        torch._C._set_fwd_grad_enabled(True)
         tape: Any = call.tape
         streams, first = list(inputs[:count]), len(tape.records)
         tape.records += records

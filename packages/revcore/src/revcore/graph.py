@@ -123,6 +123,7 @@ def _foreign(leaf: Tensor, what: str) -> ForeignLeafError:
         "neither its input nor one of its parameters; it would get no gradient. Register it as an "
         "nn.Parameter of the branch (and use it as self.name, if it has a hook), pass it by "
         "keyword (chain(x, name=tensor), itself or in a plain dict, list or tuple), detach it, or "
-        "store the activations: revcore.set_reversing(model, False). With FSDP apply fully_shard "
+        "store the activations: revcore.set_reversing(model, False). A branch that differentiates "
+        "by a leaf that it makes can do so by torch.func.grad. With FSDP apply fully_shard "
         "to the block, or to what calls revcore.recompute, not to the module that these run."
     )

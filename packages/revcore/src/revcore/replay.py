@@ -79,6 +79,7 @@ _hooks_on_saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks"
 _NOTHING: Mapping[int, Tensor] = {}
 _NO_CHANGES: list[Change] = []
 _AS_IT_IS = nullcontext()
+_alias = torch.ops.aten.alias
 
 
 def _saving_nothing_elsewhere() -> AbstractContextManager[None]:
@@ -280,7 +281,7 @@ class Replay(Memory):
             x.requires_grad_()
         elif not self._survey.contained:
             x = x.clone()  # as in a frozen step
-        survey, aliases, left = self._survey, _NOTHING, _NO_CHANGES
+        survey, aliases, views, left = self._survey, _NOTHING, _NOTHING, _NO_CHANGES
         quick = self._quick and self.seen.usual
         if not (self._plain and self.seen.usual):
             aliases = self._stand_ins(x)
@@ -294,16 +295,18 @@ class Replay(Memory):
                 with TURN, survey.untracked:
                     t = self._draw_again(self._run, x)
             else:
-                aliases, left = {**aliases, **self._clones()}, []
-                # What counts modules' gradients (torch's FlopCounterMode) cannot count a leaf's.
-                view = x.view_as(x) if _global_forward_pre_hooks else x
-                t = self._repeat(view, aliases, left)
+                view, views, left = x, {**aliases, **self._clones()}, []
+                if _global_forward_pre_hooks:
+                    # What counts modules' gradients (torch's FlopCounterMode) can count no leaf's.
+                    view = _alias(x)
+                    views |= {key: _alias(leaf) for key, leaf in aliases.items()}
+                t = self._repeat(view, views, left)
         finally:
             _set_grad_enabled(False)
         leaves = [aliases.get(id(leaf), leaf) for leaf in self.leaves] if aliases else self.leaves
         pull = partial(differentiate, t, (x, *leaves), survey, bool(self._kwargs))
         if left or self._copies:
-            clones = [(each, aliases[id(each.buffer)]) for each in self._copies]
+            clones = [(each, views[id(each.buffer)]) for each in self._copies]
             own = [(each, clone, version(clone)) for each, clone in clones]
             pull = partial(self._pull, pull, left, own)
         return t, pull
@@ -326,7 +329,7 @@ class Replay(Memory):
         what the node returns; a stand-in has none. Nor does it belong to the CUDA stream of the
         forward pass, which need not be that of the repetition while a graph is captured.
         """
-        everywhere = is_capturing(x.device)
+        everywhere = is_capturing(x.device) or bool(_global_forward_pre_hooks)
         others = {
             id(v): v.detach().requires_grad_(need)
             for v, need in zip(self._tensors, self._needed, strict=True)

@@ -338,4 +338,5 @@ def _columns(entries: Sequence[_Entry]) -> tuple[list[Table], list[Any], list[An
 
 def _state_of(module: Any) -> list[int]:
     tensors = (*module._parameters.values(), *module._buffers.values())
-    return [module.training, *map(id, tensors), *versions(tensors)]
+    # One that is frozen has no flag.
+    return [getattr(module, "training", False), *map(id, tensors), *versions(tensors)]
