@@ -469,3 +469,40 @@ def test_blocks_with_a_forward_of_their_own_where_nothing_is_reversed(device):
     revcore.set_reversing(chain, False)
     torch.compiler.reset()
     torch.testing.assert_close(compiled(chain)(x), y)
+
+
+class Indexed(nn.Module):
+    """Reads tables by integers, as attention with relative positions does, and graph networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.randn(9, 4))
+        self.register_buffer("index", torch.tensor([0, 3, 5, 5, 8]))
+
+    def forward(self, x, edges, kind, transposed):
+        h = self.linear(x) + self.table[self.index]
+        h = h + torch.zeros_like(x).index_add(0, edges[1], h[edges[0]])
+        return h + F.one_hot(kind, 4) + transposed.T.view(-1)
+
+
+class Act(nn.BatchNorm1d):
+    """A norm of one's own, with its activation."""
+
+    def forward(self, x, **_):
+        return super().forward(x).relu()
+
+
+def test_indices_and_layouts_of_arguments_and_norms_of_ones_own():
+    blocks = [revcore.ReversibleBlock(Indexed(), Act(4))]
+    chain = revcore.ReversibleSequential(*blocks).double()
+    twin = revcore.set_reversing(copy.deepcopy(chain), False)
+    given = {
+        "edges": torch.tensor([[0, 1, 2, 4], [1, 0, 3, 2]]),
+        "kind": torch.tensor([1, 3, 2, 0, 1]),
+        "transposed": torch.randn(2, 2, dtype=torch.float64).T,
+    }
+    x = torch.randn(5, 8, dtype=torch.float64)
+    ours = gradients(lambda x: compiled(chain)(x, **given), chain, x)
+    assert_same(ours, gradients(lambda x: twin(x, **given), twin, x))
+    assert_same(chain.state_dict(), twin.state_dict())

@@ -1,6 +1,7 @@
 """What a compiled chain refuses, or leaves to the eager engine where graph breaks are allowed."""
 
 import copy
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ from cases import assert_same, compiled, gradients, make_case, traceable
 from torch import nn
 
 import revcore
+from revcore.tape import Tape
 
 pytestmark = [traceable, pytest.mark.usefixtures("fresh_compiler")]
 
@@ -101,12 +103,54 @@ class Uncounted(nn.Module):
 
 
 class ReadsStatistics(nn.Module):
-    def __init__(self):
+    def __init__(self, how="product"):
         super().__init__()
-        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.norm, self.linear, self.how = nn.BatchNorm1d(4), nn.Linear(4, 4), how
 
     def forward(self, x):
-        return (self.linear(self.norm(x)) * (1 + self.norm.running_mean)).tanh()
+        h, norm = self.linear(self.norm(x)) * 1, self.norm
+        if self.how == "product":
+            h = h * (1 + norm.running_mean)
+        elif self.how == "in place":
+            h += norm.running_mean
+        else:
+            mean, var = norm.running_mean, norm.running_var
+            h = nn.functional.batch_norm(h, None, None, weight=var, bias=mean, training=True)
+        return h.tanh()
+
+
+class Average(nn.Module):
+    """Changes a tensor that is no buffer, and what another module has that it holds unseen."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.hidden = nn.Linear(4, 4), []
+        if how == "hidden":
+            self.hidden.append(nn.BatchNorm1d(4, affine=False).double())
+        self.mean = torch.ones(4, dtype=torch.float64) if how == "attribute" else None
+
+    def forward(self, x):
+        h = self.linear(x)
+        for norm in self.hidden:
+            h = norm(h)
+        if self.mean is not None:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().abs().mean(0))
+        return h
+
+
+@torch.library.custom_op("revcore_tests::mask", mutates_args=())
+def mask(x: torch.Tensor) -> torch.Tensor:
+    return (torch.rand_like(x) > 0.5).to(x.dtype)
+
+
+mask.register_fake(torch.empty_like)
+
+
+class DropsUnseen(nn.Linear):
+    """Draws random numbers where no mode of torch sees it."""
+
+    def forward(self, x):
+        return super().forward(x) * mask(x.detach())
 
 
 class Remembers(nn.Linear):
@@ -139,12 +183,18 @@ class Deciding(nn.Module):
         (lambda: Uncounted("foreach"), "changes its buffer 'mean'"),
         (lambda: Uncounted("batch_norm"), "changes its buffer 'mean'"),
         (ReadsStatistics, "reads statistics that its batch norm changes"),
+        (lambda: ReadsStatistics("in place"), "reads statistics that its batch norm changes"),
+        (lambda: ReadsStatistics("weight"), "reads statistics that its batch norm changes"),
+        (lambda: Average("attribute"), "changes an attribute"),
+        (lambda: Average("hidden"), "changes its buffer"),
+        (lambda: DropsUnseen(4, 4), "random numbers in a branch"),
         (lambda: Remembers(4, 4), "calls revcore.remember"),
         (inner_chain, "a chain inside of a branch"),
     ],
     ids=[
         *("in place", "rebound", "spectral norm", "data", ".data", "foreach", "F.batch_norm"),
-        *("statistics", "remember", "chain"),
+        *("statistics", "in place", "as a weight", "attribute", "hidden", "custom operation"),
+        *("remember", "chain"),
     ],
 )
 def test_what_is_refused_is_left_to_the_eager_engine(branch, message):
@@ -154,9 +204,16 @@ def test_what_is_refused_is_left_to_the_eager_engine(branch, message):
     with pytest.raises(Exception, match=message):
         compiled(chain)(x.clone().requires_grad_())
     torch.compiler.reset()
+    torch.manual_seed(3)
     ours = gradients(compiled(chain, fullgraph=False), chain, x)
+    torch.manual_seed(3)
     assert_same(ours, gradients(twin, twin, x))
     assert_same(chain.state_dict(), twin.state_dict())
+    if isinstance(chain[0].coupling.f, Average):
+        one, two = (net[0].coupling.f for net in (chain, twin))
+        for norm, other in zip(one.hidden, two.hidden, strict=True):
+            assert_same(norm.state_dict(), other.state_dict())
+        assert one.mean is None or torch.equal(one.mean, two.mean)
 
 
 def test_tensors_inside_of_arguments_are_refused():
@@ -366,3 +423,77 @@ def test_nested_numbers_that_change():
         ours = gradients(lambda x, given=numbers: function(x, numbers=given), chain, x)
         plain = gradients(lambda x, given=numbers: chain(x, numbers=given), chain, x)
         assert_same(ours, plain)
+
+
+class Estimated(nn.Module):
+    """Has a log-determinant that it estimates by chance."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(8, 8))
+
+    def forward(self, x):
+        return x + x @ self.weight
+
+    def inverse(self, y):
+        return torch.linalg.solve((torch.eye(8).to(y) + self.weight).T, y.T).T
+
+    def log_det(self, x):
+        v = torch.randn_like(x)
+        return (v @ self.weight * v).sum(1)
+
+
+def test_a_log_determinant_that_draws_random_numbers():
+    chain = revcore.ReversibleSequential(Estimated(), log_det=True).double()
+    with pytest.raises(Exception, match="random numbers in a branch cannot be repeated"):
+        compiled(chain)(torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
+
+
+class Breaking(nn.Module):
+    """Cannot be traced where it is undone."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x):
+        return x * self.scale
+
+    def inverse(self, y):
+        torch._dynamo.graph_break()
+        return y / self.scale
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_fails_later_is_left_to_the_eager_engine(monkeypatch):
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(nn.Linear(4, 4)), Breaking())
+    chain, twin = chain.double(), copy.deepcopy(chain.double())
+    revcore.set_reversing(twin, False)
+    x, engines = torch.randn(3, 8, dtype=torch.float64), []
+    monkeypatch.setattr(Tape, "seal", lambda *_, **__: engines.append("eager"))
+    compiled(chain, fullgraph=False)(x)
+    assert engines == ["eager"]
+    monkeypatch.undo()
+    torch.compiler.reset()
+    ours = gradients(compiled(chain, fullgraph=False), chain, x)
+    assert_same(ours, gradients(twin, twin, x))
+
+
+def test_a_chain_runs_eagerly_while_another_thread_compiles(monkeypatch):
+    chain = revcore.ReversibleSequential(revcore.ReversibleBlock(nn.Linear(4, 4)))
+    engines, stop = [], threading.Event()
+    monkeypatch.setattr(revcore.reversible.Reversible, "_compiled", lambda *_, **__: engines.append)
+
+    def run():
+        x = torch.randn(3, 8)
+        while not stop.is_set():
+            engines.append(type(chain(x)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(3):
+        torch.compiler.reset()
+        compiled(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))(torch.randn(3, 4)).sum().backward()
+    stop.set()
+    thread.join()
+    assert {*engines} == {torch.Tensor}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from revcore.destination import Destination
 from revcore.half_step import HalfStep
 from revcore.step import Again, Differentiate, Gradients, Pullback, add
 from revcore.streams import Streams
+from revcore.tracing import is_traced
 
 
 def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
@@ -23,7 +23,7 @@ def adding(steps: Sequence[HalfStep]) -> Sequence[HalfStep]:
     Returns:
         The same, with others in the place of some.
     """
-    if torch.compiler.is_compiling() or not any(map(_adds, steps)):
+    if is_traced() or not any(map(_adds, steps)):
         return steps
     return [
         AddingStep(s.scheme, s.branch, s.target, s.source, inverted=s.inverted) if _adds(s) else s

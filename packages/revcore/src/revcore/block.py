@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from revcore.additive import AdditiveCoupling
@@ -18,6 +17,7 @@ from revcore.invertible import InvertibleStep
 from revcore.parts import Part
 from revcore.reversible import Reversible
 from revcore.streams import as_dim
+from revcore.tracing import is_traced
 
 _COUPLINGS: dict[str, Callable[..., Coupling]] = {
     "additive": AdditiveCoupling,
@@ -157,7 +157,7 @@ def _is_watched(block: nn.Module, usual: Any) -> bool:
     kind: Any = type(block)
     if not (kind.forward is usual.forward and kind.inverse is usual.inverse):
         return True
-    if torch.compiler.is_compiling():
+    if is_traced():
         return any(len(vars(block)[name]) > 0 for name in HOOKS) or "forward" in vars(block)
     # Hooks run when a module is called (FSDP has some), and so does what compile() made of it.
     replaced = block._compiled_call_impl is not None or "forward" in vars(block)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from revcore.coupling import Coupling
 from revcore.grid import to_grid
 from revcore.reversible import set_reversing
 from revcore.sequential import ReversibleSequential
+from revcore.snapshot import duplicate
 from revcore.streams import Streams, as_streams
 
 Call = tuple[str, Streams, dict[str, Any]]
@@ -204,16 +204,6 @@ def _gradients(
         seeds = [torch.linspace(0.5, 1.5, t.numel()).view_as(t).to(t) for t in y]
         wanted = leaves + [p for p in chain.parameters() if p.requires_grad]
         return list(torch.autograd.grad(y, wanted, seeds, allow_unused=True))
-
-
-def duplicate(module: nn.Module) -> Any:
-    """Returns a deep copy, also of modules that hold a result of autograd.
-
-    Those of `torch.nn.utils.weight_norm` do, and compute it anew in each call.
-    """
-    held = (value for part in module.modules() for value in vars(part).values())
-    results = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(module, {id(value): value.detach() for value in results})
 
 
 def _fork(x: Sequence[Any]) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ reaches the user; without, torch falls back to the eager engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,22 +19,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from revcore.adding import AddingStep
 from revcore.arguments import Arguments, takes_gradient
 from revcore.autocast import Autocast, autocast_now
-from revcore.buffers import Copy, copy_all
+from revcore.buffers import Copy
 from revcore.graph import ForeignLeafError, refuse_foreign_leaves
 from revcore.grid import GridWatch
 from revcore.half_step import HalfStep
-from revcore.known import BATCH_NORMS
-from revcore.randomness import RandomnessError, RefuseRandomness, argument_of
+from revcore.randomness import (
+    RandomnessError,
+    RefuseRandomness,
+    argument_of,
+    get_states,
+    set_states,
+)
 from revcore.remember import Memory, thread
-from revcore.snapshot import Snapshot
+from revcore.snapshot import Snapshot, duplicate, held_by
 from revcore.step import Pullback, Step
 from revcore.streams import Streams
+from revcore.survey import Survey
+from revcore.versions import version
 
 WAYS = (
     "Compile the branches instead of the chain (branch.compile()), or store the activations: "
@@ -45,14 +54,14 @@ RANDOM = (
     + WAYS
 )
 
-_OF_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 # A step, the names of its branch's parameters, and those of the buffers that a second run must find
 # as the first one found them.
 _Branch = tuple[Step, list[str], list[str]]
 
-Kind = tuple[list[int], torch.dtype, str]
-"""Shape, dtype and device of a tensor, as torch.compile can pass them."""
+Kind = tuple[list[int], list[int], torch.dtype, str]
+"""Shape, stride, dtype and device of a tensor, as torch.compile can pass them."""
 
 
 def run_stored(
@@ -212,7 +221,7 @@ class _Again(NamedTuple):
 def find_fault(
     steps: Sequence[Step], kinds: Sequence[Kind], names: Sequence[str], constants: Mapping[str, Any]
 ) -> str:
-    """Runs steps on made-up data, to see whether they can be repeated.
+    """Runs copies of steps on made-up data, to see whether they can be repeated.
 
     Args:
         steps: What to run.
@@ -221,78 +230,138 @@ def find_fault(
         constants: The other arguments.
 
     Returns:
-        What is wrong: a branch draws random numbers, changes buffers or looks at its data, or a
-        tensor would get no gradient. Else nothing.
+        What is wrong: a branch draws random numbers or changes something, or a tensor would get no
+        gradient. Else nothing.
     """
-    modules = list(dict.fromkeys(module for step in steps for module in step.branch.modules()))
+    modules = [module for step in steps for module in step.branch.modules()]
     if any(module._backward_hooks or module._backward_pre_hooks for module in modules):
         return f"backward hooks of a branch's modules cannot be compiled. {WAYS}"
-    snapshot = Snapshot(modules)
-    fault = _find_fault(steps, kinds, names, constants)
-    if snapshot.holds():
-        return fault
-    snapshot.put_back({})
-    kinds_of = " or ".join(sorted({type(step.branch).__name__ for step in steps}))
-    what = f"a branch ({kinds_of}) changes an attribute, which a compiled chain cannot. {WAYS}"
-    return fault or what
-
-
-def _find_fault(
-    steps: Sequence[Step], kinds: Sequence[Kind], names: Sequence[str], constants: Mapping[str, Any]
-) -> str:
     tensors = [_make_up(*kind) for kind in kinds]
     count = len(tensors) - len(names)
     streams = tensors[:count]
     kwargs = {**constants, **dict(zip(names, tensors[count:], strict=True))}
-    autocast = autocast_now(("cpu", streams[0].device.type))
-    known = [parameter for step in steps for parameter in step.branch.parameters()]
     try:
         for step in steps:
-            streams = [x.detach().requires_grad_(takes_gradient(x)) for x in streams]
-            probe, before = _Probe(step, kwargs, autocast), list(streams)
-            probe.watch = _Watch()
-            with _compiling(), torch.enable_grad(), probe.watch:
-                # A compiled branch adds to no stream by itself.
-                apply: Any = HalfStep.apply if type(step) is AddingStep else type(step).apply
-                apply(step, probe.run, streams)
-            probe.refuse_changes()
-            for stream in streams:
-                if stream.requires_grad:
-                    refuse_foreign_leaves(stream, known + before, "a branch or a coupling")
+            streams = _try_out(step, streams, kwargs)
     except RandomnessError:
         return RANDOM
     except (ForeignLeafError, _UnrepeatableError) as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - of the user's code
-        return f"a branch cannot be tried out: {type(error).__name__}: {error}. {WAYS}"
+        return (
+            "a branch cannot be tried out on made-up data, as it must before its chain is "
+            f"compiled: {type(error).__name__}: {error}. {WAYS}"
+        )
     return ""
 
 
-def _make_up(shape: list[int], dtype: torch.dtype, device: str) -> Tensor:
-    """Creates a tensor for branches to be tried on, which are refused if they look at its data."""
-    x = torch.ones(shape, dtype=dtype, device=device)
+def _try_out(original: Step, streams: list[Tensor], kwargs: Arguments) -> list[Tensor]:
+    """Runs a copy of a step, and returns the streams after it.
+
+    Raises:
+        RuntimeError: If it cannot be repeated.
+    """
+    scheme = getattr(original, "scheme", original.branch)
+    held = [module for module in (original.branch, scheme) if isinstance(module, nn.Module)]
+    step = duplicate(original, *held)
+    branch, count = step.branch, len(streams)
+    before = [x.detach().requires_grad_(takes_gradient(x)) for x in streams]
+    streams = list(before)
+    known = [*branch.parameters(), *before]
+    devices = list(dict.fromkeys(tensor.device for tensor in known))
+    snapshot, states = Snapshot(Survey(branch).modules), get_states(devices)
+    again = _Again(step, kwargs, autocast_now(("cpu", streams[0].device.type)))
+    # A compiled branch adds to no stream by itself.
+    apply: Any = HalfStep.apply if type(step) is AddingStep else type(step).apply
+    try:
+        with _compiling(), torch.enable_grad(), _Watch(_statistics(branch).values()):
+            apply(step, partial(again.compute, step.call, **kwargs), streams)
+    finally:
+        moved = any(a is not b for a, b in zip(states, get_states(devices), strict=True))
+        set_states(states)
+    if moved:  # where the watch cannot see, as inside of a custom operation
+        raise RandomnessError(RANDOM)
+    for stream in streams:
+        if stream.requires_grad:
+            refuse_foreign_leaves(stream, known, "a branch or a coupling")
+    change = _find_change(branch, original.branch)
+    if change is None and not snapshot.holds():
+        change = "an attribute"
+    if change is not None:
+        name = type(branch).__name__
+        raise _UnrepeatableError(
+            f"branch {name} changes {change}, which a compiled chain cannot repeat. {WAYS}"
+        )
+    return streams[:count]
+
+
+def _find_change(branch: nn.Module, original: nn.Module) -> str | None:
+    """Names a tensor that a run of a copy has changed, but for statistics of normalizations."""
+    statistics = {*map(id, _statistics(branch).values())}
+    pairs = zip(Survey(branch).modules, Survey(original).modules, strict=False)
+    for now, before in pairs:
+        for kind, tables in {
+            "parameter": (now._parameters, before._parameters),
+            "buffer": (now._buffers, before._buffers),
+            "attribute": [dict(enumerate(held_by(module)[0])) for module in (now, before)],
+        }.items():
+            for name, tensor in tables[0].items():
+                if not isinstance(tensor, Tensor) or id(tensor) in statistics:
+                    continue
+                if Copy(tensor, None, version(tensor), tables[1][name]).has_moved():
+                    return f"its {kind} {name!r}" if isinstance(name, str) else "an attribute"
+    return None
+
+
+def _make_up(shape: list[int], stride: list[int], dtype: torch.dtype, device: str) -> Tensor:
+    """Creates a tensor for branches to be tried out on."""
+    x = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    if 0 in stride:  # which cannot be filled
+        x = torch.empty(shape, dtype=dtype, device=device)
     if not takes_gradient(x):
-        return x if dtype == torch.bool else x.zero_()  # what is no mask may be an index
+        return x.fill_(dtype == torch.bool)  # what is no mask may be an index
     # A generator of our own, and of no kind of device that has none.
-    random = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return x.copy_(random)
+    return x.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
 @contextmanager
 def _compiling() -> Iterator[None]:
     """Lets branches do what they do while they are traced, and none but that."""
     compiler: Any = torch.compiler
-    outer, compiler._is_compiling_flag = compiler._is_compiling_flag, True
-    outer_memory, thread.memory = thread.memory, _NoMemory()
+    # Newer releases of torch have said so already, of the whole process.
+    sets = not compiler._is_compiling_flag
+    compiler._is_compiling_flag = True
+    memory, thread.memory = thread.memory, _NoMemory()
     try:
-        with disable_saved_tensors_hooks("they cannot be compiled in a branch"):
+        with (
+            disable_saved_tensors_hooks(
+                "hooks on saved tensors (torch.utils.checkpoint) cannot be compiled in a branch"
+            ),
+            _NoLook(),
+        ):
             yield
     finally:
-        compiler._is_compiling_flag, thread.memory = outer, outer_memory
+        thread.memory = memory
+        if sets:
+            compiler._is_compiling_flag = False
 
 
 class _UnrepeatableError(RuntimeError):
     """A branch does what a compiled chain cannot repeat."""
+
+
+class _NoLook(TorchFunctionMode):
+    """Raises on what makes numbers of tensors, for Python to decide by."""
+
+    _looks = frozenset(
+        getattr(Tensor, name)
+        for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._looks:
+            raise _UnrepeatableError(f"a branch looks at its data ({func.__name__}). {WAYS}")
+        return func(*args, **(kwargs or {}))
 
 
 class _NoMemory(Memory):
@@ -305,23 +374,27 @@ class _NoMemory(Memory):
 class _Watch(RefuseRandomness):
     """Raises on what no compiled chain can repeat.
 
-    Attributes:
-        statistics: The `id` of buffers that a second run does not find as they were.
+    Args:
+        statistics: Buffers that a second run does not find as they were.
     """
 
-    statistics: frozenset[int] = frozenset()
+    supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: Iterable[Tensor]) -> None:
         super().__init__(RANDOM)
+        self._statistics = [*statistics]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _OF_DATA.intersection(func.tags):
-            raise _UnrepeatableError(f"a branch looks at its data ({func}). {WAYS}")
-        # What batch norms do with theirs.
-        usual = func is torch.ops.aten.add_.Tensor or (
-            "batch_norm" in str(func) and argument_of(func, "training", args, kwargs) is not False
-        )
-        if not usual and not self.statistics.isdisjoint(map(id, tree_leaves((args, kwargs)))):
+        if not isinstance(func, torch._ops.OpOverload):  # such as torch.cond
+            return func(*args, **kwargs or {})
+        # What normalizations do with theirs.
+        usual: tuple[str, ...] = ("self",) if func is torch.ops.aten.add_.Tensor else ()
+        if "batch_norm" in str(func) and argument_of(func, "training", args, kwargs) is not False:
+            usual = ("running_mean", "running_var")
+        names = (argument.name for argument in func._schema.arguments)
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        read = tree_leaves([value for name, value in given.items() if name not in usual])
+        if any(value is each for value in read for each in self._statistics):
             raise _UnrepeatableError(
                 "a branch reads statistics that its batch norm changes, which a compiled chain "
                 f"cannot repeat. {WAYS}"
@@ -329,39 +402,18 @@ class _Watch(RefuseRandomness):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class _Probe(_Again):
-    """Notes what a run does to buffers: the copies of a graph may be made after the change."""
-
-    watch: _Watch
-    found: Sequence[tuple[str, Copy, Tensor | None]] = ()
-
-    def compute(self, function: Callable[..., Any], /, *arguments: Any, **kwargs: Any) -> Any:
-        branch = self.step.branch
-        # Counters are changed by normalizations, too, which do not read them.
-        names = [n for n in _repeated_buffers(branch) if not n.endswith("num_batches_tracked")]
-        pairs = [(branch.get_buffer(name), None) for name in names]
-        others = [buffer for name, buffer in branch.named_buffers() if name not in names]
-        copies = copy_all(pairs)
-        self.watch.statistics = frozenset(map(id, others))
-        result = super().compute(function, *arguments, **kwargs)
-        self.watch.statistics = frozenset()  # others get their addresses
-        now = dict(branch.named_buffers())
-        self.found = [(name, copy, now.get(name)) for name, copy in zip(names, copies, strict=True)]
-        return result
-
-    def refuse_changes(self) -> None:
-        for name, copy, buffer in self.found:
-            if buffer is not copy.buffer or copy.has_moved():
-                raise _UnrepeatableError(
-                    f"branch {type(self.step.branch).__name__} changes its buffer {name!r}, which "
-                    f"a compiled chain cannot repeat. {WAYS}"
-                )
-
-
 def _repeated_buffers(branch: nn.Module) -> list[str]:
-    """Names the buffers that must be what they were; batch norms in training read none."""
-    names: list[str] = []
-    for prefix, module in branch.named_modules():
-        if not (module.training and type(module) in BATCH_NORMS):
-            names += [name for name, _ in module.named_buffers(prefix, recurse=False)]
-    return names
+    """Names the buffers that a second run must find as they were."""
+    statistics = _statistics(branch)
+    return [name for name, _ in branch.named_buffers() if name not in statistics]
+
+
+def _statistics(branch: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers of normalizations in training, which these change and do not read."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in branch.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and module.training and isinstance(module, _NormBase)
+        if name in _STATISTICS
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from revcore.arguments import Arguments
@@ -14,6 +13,7 @@ from revcore.engine import run
 from revcore.grid import GridWatch
 from revcore.half_step import HalfStep, Scheme
 from revcore.streams import Streams, as_dim, join, split
+from revcore.tracing import is_traced
 
 
 class Coupling(nn.Module, Scheme):
@@ -108,7 +108,7 @@ class Coupling(nn.Module, Scheme):
 
     def _run(self, steps: Sequence[HalfStep], x: Streams, kwargs: Arguments) -> Tensor | Streams:
         streams = split(x, self.split_dim, self.streams)
-        if torch.compiler.is_compiling():
+        if is_traced():
             watch = GridWatch()
             y = watch.close(run_stored(watch, steps, streams, kwargs))
         else:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from revcore.tracing import is_traced
 
 
 def are_in_use() -> bool:
@@ -20,7 +21,7 @@ def are_in_use() -> bool:
 
 def lasting(x: Tensor) -> Tensor:
     """Returns `x`, copied if the next run of a graph may take its memory."""
-    return x.clone() if not torch.compiler.is_compiling() and are_in_use() and x.is_cuda else x
+    return x.clone() if not is_traced() and are_in_use() and x.is_cuda else x
 
 
 def becomes_one(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from revcore.step import Step
 from revcore.streams import Streams, dense, in_transform
 from revcore.survey import Group, Groups, modules_among
 from revcore.tape import Tape
+from revcore.tracing import is_traced
 from revcore.versions import versions
 
 
@@ -174,7 +175,7 @@ class _StepsNode(torch.autograd.Function):
 
 def _is_any_executed(ctx: Any, count: int) -> bool:
     """Tells whether a node that gave one of the first inputs is a part of this backward pass."""
-    if torch.compiler.is_compiling():  # the backward pass, which has no nodes then
+    if is_traced():  # the backward pass, which has no nodes then
         return False
     leaf = torch._C._functions.AccumulateGrad  # of which torch cannot tell
     nodes = [node for node, _ in ctx.next_functions[:count] if node and type(node) is not leaf]

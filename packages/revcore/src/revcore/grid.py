@@ -16,6 +16,7 @@ from torch import Tensor
 from revcore.randomness import is_capturing
 from revcore.step import Step
 from revcore.streams import Streams, in_transform
+from revcore.tracing import is_traced
 
 _DIGITS = {torch.float32: 24, torch.float64: 53}
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -185,7 +186,7 @@ def compare_sums(before: list[int], streams: Sequence[Tensor]) -> None:
 def _is_traced(x: Tensor) -> bool:
     return (
         x.device.type == "meta"
-        or torch.compiler.is_compiling()
+        or is_traced()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         or in_transform()
         or is_capturing(x.device)

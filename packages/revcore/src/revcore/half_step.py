@@ -23,6 +23,7 @@ from revcore.arguments import takes_gradient
 from revcore.graph import refuse_foreign_leaves
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, add, log_det_of
 from revcore.streams import Streams
+from revcore.tracing import is_traced
 
 
 class Scheme(ABC):
@@ -102,7 +103,7 @@ def _first(cls: type, name: str) -> int:
 
 
 def _vjp(function: Callable[..., Any], a: Tensor, t: Tensor, grad: Any) -> Sequence[Tensor | None]:
-    if torch.compiler.is_compiling():
+    if is_traced():
         grads: Sequence[Tensor] = torch.func.vjp(function, a, t)[1](grad)
         return grads
     with torch.enable_grad():

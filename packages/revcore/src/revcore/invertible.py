@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from revcore.cuda_graphs import lasting
 from revcore.step import Again, Differentiate, Gradients, Pullback, Step, log_det_of
 from revcore.streams import Streams, dense
+from revcore.tracing import is_traced
 
 
 class InvertibleStep(Step):
@@ -34,7 +35,7 @@ class InvertibleStep(Step):
 
     repeats = False
     _dtype: torch.dtype | None = None
-    _shape: torch.Size
+    _shape: torch.Size | None = None
 
     def __init__(
         self, module: nn.Module, count: int, split_dim: int, *, inverted: bool = False
@@ -68,7 +69,7 @@ class InvertibleStep(Step):
         else:
             y = self.branch(x, **kwargs)
             log_det = log_det_of(x, self.branch.log_det(x, **kwargs), self.branch)
-        if not torch.compiler.is_compiling():  # which cannot trace that
+        if not is_traced():  # which cannot trace that
             self._dtype = y.dtype
         return self._pack(y, log_det)
 
@@ -87,7 +88,7 @@ class InvertibleStep(Step):
         # Behind the streams are log-determinants of other steps.
         count, dim = len(self.inputs), self.split_dim
         x = self._join(streams[:count])
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             self._shape = x.shape
         x = run(x)
         if self.measures:
@@ -98,10 +99,11 @@ class InvertibleStep(Step):
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
         x = again.repeat(self._join(streams), self._back)
-        if not torch.compiler.is_compiling() and x.shape != self._shape:
+        before = self._shape
+        if before is not None and not is_traced() and x.shape != before:
             raise ValueError(
                 f"the way back through {type(self.branch).__name__} gives shape {tuple(x.shape)}, "
-                f"but what it undoes was given {tuple(self._shape)}"
+                f"but what it undoes was given {tuple(before)}"
             )
         streams[:] = self._split(x, streams)
 

@@ -21,8 +21,8 @@ from torch import Size, Tensor, nn
 
 import revcore
 from revcore.arguments import Arguments, takes_gradient
-from revcore.check import duplicate
 from revcore.engine import thread
+from revcore.snapshot import duplicate
 from revcore.streams import Streams, as_streams
 
 __all__ = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from revcore.arguments import tensors_of
 from revcore.engine import Call, can_reverse, run_in
 from revcore.invertible import InvertibleStep
 from revcore.tape import Tape
+from revcore.tracing import is_traced
 
 
 def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
@@ -50,7 +50,7 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be one tensor, got {type(x).__name__}; pass others by keyword")
-    if torch.compiler.is_compiling() or not can_reverse():
+    if is_traced() or not can_reverse():
         plain: Tensor = module(x, **kwargs)
         return plain
     # A chain of one step whose input is kept, so that the step need not be undone.

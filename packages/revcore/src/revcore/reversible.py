@@ -24,9 +24,10 @@ from revcore.known import are_of_torch, draw
 from revcore.parts import Part, call_part, run_parts
 from revcore.remember import is_lending
 from revcore.step import Step
-from revcore.streams import Streams, join, split, with_log_det
+from revcore.streams import Streams, as_streams, join, split, with_log_det
 from revcore.survey import Groups
 from revcore.tape import Tape
+from revcore.tracing import is_traced, never_alone
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
@@ -130,7 +131,7 @@ class Reversible(nn.Module):
         return steps, kept
 
     def _map(self, x: Streams, kwargs: Arguments, *, inverted: bool) -> Tensor | Streams:
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._compiled(x, kwargs, inverted=inverted)
         call = thread.call
         if call is None:
@@ -206,6 +207,8 @@ class Reversible(nn.Module):
         return watch.close(streams)
 
     def _reversed(self, streams: Streams, kwargs: Arguments, *, inverted: bool) -> Streams:
+        if not is_traced():  # as a whole, so that this frame runs as it is
+            return as_streams(_alone_untraced(self, streams, kwargs, inverted=inverted))
         if parametrize._cache_enabled:
             raise RuntimeError(f"a compiled chain cannot be in parametrize.cached(). {WAYS}")
         if _are_saved_tensors_hooked():
@@ -231,7 +234,12 @@ class Reversible(nn.Module):
                     )
             constants = {k: tree_map(_as_constant, v) for k, v in others.items()}
             kinds = [
-                ([_as_constant(size) for size in tensor.shape], tensor.dtype, str(tensor.device))
+                (
+                    [_as_constant(size) for size in tensor.shape],
+                    [_as_constant(size) for size in tensor.stride()],
+                    tensor.dtype,
+                    str(tensor.device),
+                )
                 for tensor in (*streams, *given.values())
             ]
             fault = self._find_fault(inverted, kinds, list(given), constants)
@@ -259,10 +267,13 @@ class Reversible(nn.Module):
         modules = (module for step in steps for module in step.branch.modules())
         if any(isinstance(module, Reversible) for module in modules):
             return f"a chain inside of a branch cannot be compiled with the one around it. {WAYS}"
+        if self.log_det:
+            steps = [step.measured() for step in steps]
         return find_fault(steps, kinds, names, constants)
 
 
 _alone_untraced = _disable_dynamo(Reversible._alone)
+never_alone(Reversible._reversed)
 
 
 def _as_constant(value: Any) -> Any:

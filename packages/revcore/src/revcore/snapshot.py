@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,17 @@ def source_of(module: nn.Module, name: str) -> str | None:
     """
     names = (f"{name}{end}" for end in ("_orig", "_g", "_v"))
     return next((each for each in names if each in module._parameters), None)
+
+
+def duplicate(what: Any, *modules: nn.Module) -> Any:
+    """Returns a deep copy of a module, or of what holds some, also if they hold autograd's results.
+
+    Those of `torch.nn.utils.weight_norm` do, and compute it anew in each call.
+    """
+    parts = [part for module in modules or (what,) for part in module.modules()]
+    held = (value for part in parts for value in vars(part).values())
+    results = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(what, {id(value): value.detach() for value in results})
 
 
 class Snapshot:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revcore.tracing import is_traced
+
 Streams = tuple[Tensor, ...]
 
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
@@ -81,7 +83,7 @@ def dense(x: Tensor) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
     # torch.compile cannot ask.
-    if not torch.compiler.is_compiling() and torch.ops.aten.is_non_overlapping_and_dense(x):
+    if not is_traced() and torch.ops.aten.is_non_overlapping_and_dense(x):
         return x
     return x.clone()
 
@@ -97,7 +99,7 @@ def in_transform() -> bool:
 
     Under vmap a tensor does not say how it lies in memory.
     """
-    return not torch.compiler.is_compiling() and _innermost_transform() is not None
+    return not is_traced() and _innermost_transform() is not None
 
 
 def as_streams(y: Any) -> Streams:
