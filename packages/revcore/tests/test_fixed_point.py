@@ -173,6 +173,58 @@ def test_a_loss_of_streams_inside_has_the_same_bits_as_stored(streams, device):
     assert all(map(torch.equal, *found))
 
 
+def image(*shape, layout):
+    x = torch.randn(shape)
+    return (
+        x.transpose(1, 3).contiguous().transpose(1, 3)
+        if layout == "transposed"
+        else x.to(memory_format=layout)
+    )
+
+
+@pytest.mark.parametrize("scheme", ["additive", "fixed_point"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "transposed"])
+@pytest.mark.parametrize("shape", [(1, 8, 6, 5), (1, 2, 5, 5), (3, 8, 1, 5), (2, 2, 6, 1)])
+def test_dimensions_of_size_1_have_the_same_bits_as_stored(shape, layout, scheme, device):
+    """Of these torch gives strides at will, by which kernels go."""
+    width = shape[1] // 2
+
+    def branch():
+        convolutions = nn.Conv2d(width, 6, 3, padding=1), nn.Conv2d(6, width, 1)
+        return nn.Sequential(convolutions[0], nn.Tanh(), convolutions[1])
+
+    blocks = [revcore.ReversibleBlock(branch(), branch(), scheme) for _ in range(3)]
+    chain, found = revcore.ReversibleSequential(*blocks).to(device), []
+    x = image(*shape, layout=layout).to(device)
+    for reversing in (True, False):
+        revcore.set_reversing(chain, reversing).zero_grad()
+        y = chain(x)
+        y.square().sum().backward()
+        with torch.no_grad():
+            assert torch.equal(chain(x), y)
+        found.append([y.detach(), *(p.grad for p in chain.parameters())])
+    same = found if scheme == "fixed_point" else [each[:1] for each in found]
+    assert all(map(torch.equal, *same))
+
+
+class Signs(nn.Linear):
+    def forward(self, x):
+        return super().forward(torch.where(torch.signbit(x), 0.1 * x, x))
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_zeros_come_back_with_their_sign(bits, device):
+    torch.manual_seed(0)
+    coupling = partial(revcore.FixedPointCoupling, fraction_bits=bits)
+    blocks = [revcore.ReversibleBlock(Signs(4, 4), coupling=coupling) for _ in range(3)]
+    chain, found = revcore.ReversibleSequential(*blocks).to(device), []
+    x = torch.full((6, 8), -1e-6, device=device, requires_grad=True)
+    for reversing in (True, False):
+        y = revcore.set_reversing(chain, reversing)(x)
+        found.append(torch.autograd.grad(y.square().sum(), [x, *chain.parameters()]))
+    assert all(map(torch.equal, *found))
+
+
 class Readers(revcore.FixedPointCoupling):
     """Reads a stream twice that it leaves as it is."""
 

@@ -34,6 +34,9 @@ from revcore.tape import Tape
 from revcore.tracing import is_traced
 from revcore.versions import versions
 
+# A view would get other strides where a dimension has size 1, and kernels go by them.
+_alias = torch.ops.aten.alias
+
 
 @dataclass(eq=False)
 class Call:
@@ -234,7 +237,7 @@ def run_in(call: Call, steps: Sequence[Step], streams: Streams, kwargs: Argument
             around = dict(enumerate(current))
             if call.watch.bits is not None and torch.is_grad_enabled():
                 # Here the gradients of uses in this part meet, as a node adds them up.
-                current[:] = [x.view_as(x) for x in current]
+                current[:] = [*map(_alias, current)]
             _run_each(call, part, current, partial(_run_stored, kwargs))
             # What a node does not change it does not give, either.
             for index in around.keys() - {index for step in part for index in step.writes}:
@@ -328,12 +331,12 @@ def _run_stored(kwargs: Arguments, step: Step, x: Tensor) -> Tensor:
         # The view gathers the branch's gradients of x before they meet the stream's own, as the
         # node does, so that both modes add up in the same order. Without a graph it would say that
         # it requires a gradient, and nothing could be differentiated to it.
-        x = x.view_as(x)
+        x = _alias(x)
     if step.grid is None or not records:
         return run_branch(step.call, x, kwargs)
     # On a grid so do those of arguments, and of a weight that is used twice if it is cast twice.
     # An alias takes sparse gradients, too.
-    views = {id(v): torch.ops.aten.alias(v) for v in kwargs.values() if _has_views(v)}
+    views = {id(v): _alias(v) for v in kwargs.values() if _has_views(v)}
     with no_autocast_cache() if torch._C._is_any_autocast_enabled() else nullcontext():
         return run_branch(step.call, x, {n: views.get(id(v), v) for n, v in kwargs.items()})
 

@@ -30,11 +30,13 @@ class FixedPointCoupling(AdditiveCoupling):
     A branch must compute the same bits each time that it runs on the same input. Compiled branches
     may not, with gradients and without; a chain therefore runs them with gradients both times. It
     is an error if the input of a chain does not come back bit for bit, which the host finds out
-    once a backward pass, but not while a CUDA graph is being captured.
+    once a backward pass, but not while a CUDA graph is being captured, nor where it does not come
+    back: if inputs are kept, or a backward pass ends inside of the chain.
     A net trained reversed then has the bits of one trained with stored activations, as long as no
     branch uses a parameter twice (or a tensor in a list, tuple or dict among its arguments) that
     gets a gradient from elsewhere, too: another branch, another call, a penalty. Those are added up
-    in another order.
+    in another order. Recurrent layers use theirs so, and `spectral_norm`. Chains of other couplings
+    inside of a branch round as they do elsewhere.
 
     References:
         Reversible Recurrent Neural Networks (MacKay et al., 2018), section 3, for fixed-point
@@ -86,13 +88,19 @@ class FixedPointCoupling(AdditiveCoupling):
     # No log-determinant, which other arithmetic would have.
     log_det = None
 
-    # The gradients of sums, as they come behind the sign in `move` where activations are stored:
-    # kernels may give other bits for other strides.
     def combine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return super().combine_vjp(a, t, dense(grad))
+        return super().combine_vjp(a, t, _as_stored(grad))
 
     def uncombine_vjp(self, a: Tensor, t: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return super().uncombine_vjp(a, t, dense(grad))
+        return super().uncombine_vjp(a, t, _as_stored(grad))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fraction_bits={self.fraction_bits}"
+
+
+def _as_stored(grad: Tensor) -> Tensor:
+    """Returns a gradient as it comes behind the sign in `move`, where activations are stored.
+
+    Kernels may give other bits for other strides, and torch gives others to dimensions of size 1.
+    """
+    return grad.neg().neg() if 1 in grad.shape else dense(grad)

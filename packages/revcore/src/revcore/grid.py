@@ -30,8 +30,9 @@ def to_grid(x: Tensor, bits: int) -> Tensor:
         tensor([ 0.2500, -0.2500])
     """
     y = x.clone()
-    # By an alias that has no graph, which sees nothing of this.
-    y.detach().mul_(2.0**bits).round_().mul_(2.0**-bits)
+    # By an alias that has no graph, which sees nothing of this. No zero stays negative: it would
+    # not come back so from what is added to it and taken away.
+    y.detach().mul_(2.0**bits).round_().mul_(2.0**-bits).add_(0.0)
     return y
 
 
@@ -44,7 +45,8 @@ def move(a: Tensor, t: Tensor, bits: int, sign: int) -> Tensor:
     # A bfloat16 has the range of a float32, and whatever it is, the next integer is one, too.
     by = by if by.dtype == torch.bfloat16 else by.to(a.dtype)
     moved = torch.add(old, torch.mul(by, 2.0**bits).round_(), alpha=sign * 2.0**-bits)
-    if not torch.is_grad_enabled():
+    # Where a dimension has size 1 the sums below give other strides, by which kernels go.
+    if not torch.is_grad_enabled() and 1 not in moved.shape:
         return moved
     # What is taken away is zero, with a gradient, and changes no bit, not even the sign of a zero.
     plain = torch.add(a, t.to(a.dtype), alpha=sign)
