@@ -483,7 +483,7 @@ class Indexed(nn.Module):
     def forward(self, x, edges, kind, transposed):
         h = self.linear(x) + self.table[self.index]
         h = h + torch.zeros_like(x).index_add(0, edges[1], h[edges[0]])
-        return h + F.one_hot(kind, 4) + transposed.T.view(-1)
+        return h + self.table[kind] + transposed.T.view(-1)
 
 
 class Act(nn.BatchNorm1d):
