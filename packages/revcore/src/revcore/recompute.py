@@ -39,6 +39,7 @@ def recompute(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
             or a parameter has been changed, or for a second derivative.
 
     Example:
+        >>> import torch
         >>> layer = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
         >>> recompute(layer, torch.zeros(3, 2)).shape
         torch.Size([3, 4])
