@@ -265,3 +265,17 @@ def compiled(module: nn.Module, *, fullgraph: bool = True) -> Callable[..., Any]
     backend = "aot_eager_decomp_partition"
     found: Callable[..., Any] = torch.compile(module, backend=backend, fullgraph=fullgraph)
     return found
+
+
+def fixed_point_chain(branch, depth, fraction_bits=16):
+    couplings = (
+        revcore.FixedPointCoupling(branch(), branch(), fraction_bits=fraction_bits)
+        for _ in range(depth)
+    )
+    return revcore.ReversibleSequential(*couplings)
+
+
+def same_bits(a, b):
+    """Also tells 0.0 from -0.0."""
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int64
+    return a.dtype == b.dtype and torch.equal(a.view(kind), b.view(kind))

@@ -157,7 +157,10 @@ class HalfStep(Step):
                 f"from 0, got target={target} and source={source}"
             )
         if not isinstance(branch, nn.Module):
-            raise TypeError(f"branch must be an nn.Module, got {type(branch).__name__}")
+            raise TypeError(
+                f"branch must be an nn.Module, got {type(branch).__name__}; wrap a function in a "
+                "module whose forward calls it"
+            )
         self.scheme = scheme
         self.branch = self.call = branch
         self.target, self.source = target, source

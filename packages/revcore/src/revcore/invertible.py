@@ -99,11 +99,11 @@ class InvertibleStep(Step):
 
     def undo(self, again: Again, streams: list[Tensor]) -> None:
         x = again.repeat(self._join(streams), self._back)
-        before = self._shape
-        if before is not None and not is_traced() and x.shape != before:
+        if self._shape is not None and x.shape != self._shape:
             raise ValueError(
                 f"the way back through {type(self.branch).__name__} gives shape {tuple(x.shape)}, "
-                f"but what it undoes was given {tuple(before)}"
+                f"but what it undoes was given {tuple(self._shape)}; mend its inverse, which "
+                "revcore.check_invertible tries"
             )
         streams[:] = self._split(x, streams)
 

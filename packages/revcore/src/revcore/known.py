@@ -74,7 +74,9 @@ def self_contained(module: M) -> M:
     """
     kind: Any = module
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise TypeError(f"module must be a class of modules, got {module!r:.80}; decorate a class")
+        raise TypeError(
+            f"module must be a class of modules, got {module!r:.80}; decorate its class"
+        )
     _contained[module] = _code_of(module)
     return module
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from revcore.arguments import Arguments, tensors_of, values_of
-from revcore.compiled import WAYS, Kind, find_fault, run_compiled, run_stored
+from revcore.compiled import WAYS, run_compiled, run_stored
 from revcore.engine import Call, can_reverse, thread
 from revcore.grid import GridWatch
 from revcore.known import are_of_torch, draw
@@ -28,6 +28,7 @@ from revcore.streams import Streams, as_streams, join, split, with_log_det
 from revcore.survey import Groups
 from revcore.tape import Tape
 from revcore.tracing import is_traced, never_alone
+from revcore.trial import Kind, find_fault
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
